@@ -1,0 +1,28 @@
+"""Mixers: layers to build and train with.
+
+`sequence/` takes (B, N, C), `spatial/` maps or windows, `channel/` gates feature maps.
+"""
+
+from .._lazy import lazy_exports
+
+_TABLE = {
+    # sequence
+    "MixtureOfHeadAttention": ".sequence.mixture_of_heads",
+    "LightningAttention": ".sequence.lightning_attention",
+    # spatial
+    "AgentAttention": ".spatial.agent_attention",
+    "SingleHeadSelfAttention": ".spatial.single_head_self_attention",
+    "TokenAwarePooling": ".spatial.token_aware_pooling",
+    # channel
+    "FeatureGate": ".channel.gate",
+    "insert_gate": ".channel.gate",
+    "EfficientLocalAttention": ".channel.efficient_local_attention",
+    # blocks that networks share
+    "BNLinear": ".layers",
+    "ConvBN": ".layers",
+    "ConvFeedForward": ".layers",
+    "Residual": ".layers",
+    "SqueezeExcite": ".layers",
+    "fuse_conv_bn": ".layers",
+}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

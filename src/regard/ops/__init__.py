@@ -1,0 +1,26 @@
+"""Tensors in, tensors out: `(B, H, N, D)`, no parameters, no model knowledge.
+
+`reference` is the specification; `backends` hold the fast ways to the same numbers.
+"""
+
+from .._lazy import lazy_exports
+
+_TABLE = {
+    "attention": ".attention",
+    "attention_backend": ".attention",
+    "BACKENDS": ".backends",
+    "merge_lse": ".reference",
+    "reference": ".reference:",
+    "masks": ".masks:",
+    "scores": ".scores:",
+    "Mask": ".masks",
+    "Selection": ".selection",
+    "BlockPlan": ".plan",
+    "make_plan": ".plan",
+    "agent_attention": ".agent",
+    "linear_attention": ".state.linear",
+    "LinearState": ".state.linear",
+    "select": ".select:",
+    "state": ".state:",
+}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

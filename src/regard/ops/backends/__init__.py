@@ -1,0 +1,29 @@
+"""Backends of `attention()`: only here is anything fast or ugly.
+
+Each is a module with `refuses(request) -> str | None` (why it cannot serve the request, or None) and `run(request) -> (out, lse)`
+(`lse` may be None when it was not asked for). `choose` picks one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..attention import AttentionRequest
+
+BACKENDS = ("eager", "sdpa", "cpu", "flex", "triton")
+"""Names for `backend=`: `eager` the reference, `sdpa` torch's fused kernels, `cpu` blocked with backward, `flex` compiled FlexAttention,
+`triton` block-sparse GPU kernels."""
+
+
+def load(name: str) -> ModuleType:
+    """The backend module called `name`."""
+    return importlib.import_module(f".{name}", __name__)
+
+
+def choose(request: AttentionRequest) -> str:
+    """The fastest backend that serves the request on its device; `eager` when no other does."""
+    order = ("sdpa", "triton", "flex") if request.q.is_cuda else ("sdpa", "cpu")
+    return next((name for name in order if load(name).refuses(request) is None and load(name).suits(request)), "eager")
