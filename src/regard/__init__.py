@@ -28,6 +28,7 @@ _TABLE = {
     "load_official": ".integrations.official",
     "AttentionCall": ".methods.call",
     "Method": ".methods.call",
+    "UnsupportedModelError": ".methods.call",
     # methods, one a paper
     "Dense": ".methods.sparse.baselines",
     "SlidingWindow": ".methods.sparse.baselines",

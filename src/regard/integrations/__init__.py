@@ -1,1 +1,16 @@
+"""Joining: how regard reaches into other people's models, and how it gets hold of one.
 
+`transformers.py` (attach, detach), `session.py` (what is attached, and what has to be put back), `sites.py` (which modules are
+attention), `generation.py` (caches and logits processors under `generate`), `masks.py`, `hub.py` (load).
+"""
+
+from .._lazy import lazy_exports
+
+_TABLE = {
+    "Session": ".session",
+    "attach": ".transformers",
+    "detach": ".transformers",
+    "session_of": ".transformers",
+    "load": ".hub",
+}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

@@ -3,6 +3,10 @@
 from .._lazy import lazy_exports
 
 _TABLE = {
+    "duo_distillation_loss": ".duo_gates",
+    "duo_gate_penalty": ".duo_gates",
+    "duo_lr_factor": ".duo_gates",
+    "duo_mixed_attention": ".duo_gates",
     "attention_diversification": ".attention_diversification",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

@@ -12,5 +12,13 @@ _TABLE = {
     "UnsupportedModelError": ".call",
     "Dense": ".sparse.baselines",
     "SlidingWindow": ".sparse.baselines",
+    "DuoAttention": ".caches.duo_attention",
+    "StreamingLLM": ".caches.streaming_llm",
+    "S2Attention": ".sparse.s2_attention",
+    "DHSA": ".sparse.dhsa",
+    "HiP": ".sparse.hip",
+    "ZeroTuning": ".edits.zero_tuning",
+    "MaskHeads": ".edits.mask_heads",
+    "LargePiG": ".decoders.largepig",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

@@ -7,10 +7,16 @@ from .._lazy import lazy_exports
 
 _TABLE = {
     # sequence
+    "HeadRouter": ".sequence.head_routing",
     "MixtureOfHeadAttention": ".sequence.mixture_of_heads",
     "LightningAttention": ".sequence.lightning_attention",
     # spatial
     "AgentAttention": ".spatial.agent_attention",
+    "AgentBlock": ".spatial.agent_blocks",
+    "AgentCSWinBlock": ".spatial.agent_blocks",
+    "AgentStripeAttention": ".spatial.agent_blocks",
+    "MixtureOfHeadAggregatedAttention": ".spatial.mixture_of_heads_2d",
+    "MixtureOfHeadCosineAttention": ".spatial.mixture_of_heads_2d",
     "SingleHeadSelfAttention": ".spatial.single_head_self_attention",
     "TokenAwarePooling": ".spatial.token_aware_pooling",
     # channel

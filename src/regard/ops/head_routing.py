@@ -11,14 +11,14 @@ the kept ones and rescales each group by its size, so that the gates of a token 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import bad_type, bad_value, require, require_int, require_name, require_tensor
 from .attention import attention
-from .masks import Mask, as_mask, from_function
+from .masks import as_mask, from_function
 from .reference import accumulation_dtype
 
 __all__ = [
@@ -59,7 +59,7 @@ def route_heads(
 
     Args:
         routed_logits: (B, N, E) scores of the E heads that are not shared; None when `active == shared` (nothing routed).
-        shared_logits: (B, N, shared) scores of the shared heads; may be None when `shared <= 1`.
+        shared_logits: (B, N, shared) scores of the shared heads; None when `shared == 0`. A single one is always weighed 1.
         group_logits: (B, N, 2) scores of the two groups, shared then routed; needed when both groups are in use.
         shared: number of heads that serve every token, the first ones.
         active: heads in use per token, the shared ones included.
@@ -68,8 +68,8 @@ def route_heads(
             softmaxes, so the gates of a token sum to at most 1.
 
     Returns:
-        `HeadRouting`; the balance loss is E * sum_e(mean probability_e * share of tokens_e) in the released variant (1 when
-        perfectly balanced and one head is kept), without the factor E in the paper's.
+        `HeadRouting`. Its balance loss is E * sum_e(mean probability of e * share of the tokens that use e) in the released variant,
+        which is `active - shared` when balanced and rises to E when all tokens want one head; without the factor E in the paper's.
 
     Raises:
         ValueError, TypeError: missing or misshapen logits, counts out of range.
@@ -82,11 +82,6 @@ def route_heads(
     loss = None
     parts, chosen = [], []
     if shared:
-        if shared == 1 and shared_logits is None:
-            some = routed_logits if routed_logits is not None else group_logits
-            if some is None:
-                raise bad_value("shared_logits", None, "a (B, N, 1) tensor when no other logits tell the shape")
-            shared_logits = some.new_zeros(*some.shape[:2], 1)
         shared_probs = _probabilities("shared_logits", shared_logits, shared)
         parts.append(shared_probs * shared if released else shared_probs)
         chosen.append(torch.ones_like(shared_probs, dtype=torch.bool))
@@ -111,10 +106,10 @@ def route_heads(
         raise bad_value(
             "routed_logits", f"shape {tuple(routed_logits.shape)}", "None when active == shared (nothing is routed)"
         )
-    some = parts[0]
-    source = routed_logits if routed_logits is not None else shared_logits
-    dtype = source.dtype if source is not None else some.dtype
-    return HeadRouting(torch.cat(parts, -1).transpose(1, 2).to(dtype), torch.cat(chosen, -1).transpose(1, 2), loss)
+    source = shared_logits if routed_logits is None else routed_logits
+    assert source is not None
+    gates = torch.cat(parts, -1).transpose(1, 2).to(source.dtype)
+    return HeadRouting(gates, torch.cat(chosen, -1).transpose(1, 2), loss)
 
 
 def query_norm_routing(q: Tensor, *, shared: int, active: int, straight_through: bool = False) -> HeadRouting:
@@ -185,41 +180,56 @@ def selected_rows_attention(
     v: Tensor,
     selected: Tensor,
     *,
-    mask: Mask | None = None,
+    shared: int = 0,
+    mask: Any = None,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Softmax attention for the marked (head, token) pairs only; the other rows of the output are zero.
 
-    The marked queries of each head are packed together (padded to the fullest head), so the cost is that of
-    `max_h(selected tokens of head h)` queries per head instead of N. Exact, differentiable.
+    The marked queries of each head are packed together, padded to the fullest head, so a head costs
+    `max_h(tokens that use head h)` queries instead of N. Exact up to rounding, differentiable.
 
     Args:
-        q: (B, H, N, D). k: (B, H, M, D). v: (B, H, M, Dv). selected: (B, H, N) bool.
-        mask: a `regard.masks` mask, read at the queries' true positions (the last row is the last key's). scale, dropout: as in
-            `regard.ops.attention`.
+        q: (B, H, N, D). k: (B, H, M, D). v: (B, H, M, Dv).
+        selected: (B, H, N) bool, which rows to compute. The first `shared` heads are taken as used by every token.
+        mask: as in `regard.ops.attention`, read at the queries' true positions (the last row stands at the last key).
+        scale, dropout: as in `regard.ops.attention`.
     """
-    require_tensor("q", q, dims=4, floating=True)
-    require(
-        isinstance(selected, Tensor) and selected.dtype == torch.bool and selected.shape == q.shape[:3],
-        "selected",
-        tuple(selected.shape) if isinstance(selected, Tensor) else selected,
-        f"a bool tensor of shape {tuple(q.shape[:3])}",
-    )
-    capacity = int(selected.sum(-1).max()) if selected.numel() else 0
-    rows = selected.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :capacity]
-    if mask is not None:
-        inner, offset = as_mask(mask), k.shape[2] - q.shape[2]
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        require_tensor(name, tensor, dims=4, floating=True)
+    require_tensor("selected", selected, dims=3)
+    require(selected.dtype == torch.bool, "selected", selected.dtype, "a bool tensor")
+    require(selected.shape == q.shape[:3], "selected", f"shape {tuple(selected.shape)}", f"{tuple(q.shape[:3])} like q")
+    require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} heads", f"q's {q.shape[1]} heads (no grouped queries here)")
+    require_int("shared", shared)
+    require(shared <= q.shape[1], "shared", shared, f"at most q's {q.shape[1]} heads")
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if isinstance(mask, Tensor):
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+        mask = mask.expand(*mask.shape[:2], q_len, kv_len)
+    whole = None if mask is None else as_mask(mask)
+    parts = []
+    if shared:
+        parts.append(attention(q[:, :shared], k[:, :shared], v[:, :shared], mask=whole, scale=scale, dropout=dropout))
+    if shared < q.shape[1]:
+        q, k, v, selected = q[:, shared:], k[:, shared:], v[:, shared:], selected[:, shared:]
+        capacity = int(selected.sum(-1).max()) if selected.numel() else 0
+        rows = selected.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :capacity]
+        packed_mask = None
+        if whole is not None:
 
-        def at_true_positions(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return inner(b, h, rows[b, h, q_idx] + offset, kv_idx)
+            def at_true_positions(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+                return whole(b, h + shared, rows[b, h, q_idx] + (kv_len - q_len), kv_idx)
 
-        mask = from_function(at_true_positions)
-    packed = q.gather(2, rows.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1]))
-    out = attention(packed, k, v, mask=mask, q_offset=0, scale=scale, dropout=dropout)
-    out = out * selected.gather(2, rows).unsqueeze(-1)  # padding rows of the emptier heads
-    index = rows.unsqueeze(-1).expand(-1, -1, -1, out.shape[-1])
-    return torch.zeros(*q.shape[:3], v.shape[-1], dtype=out.dtype, device=out.device).scatter(2, index, out)
+            packed_mask = from_function(at_true_positions)
+        index = rows.unsqueeze(-1)
+        packed = q.gather(2, index.expand(-1, -1, -1, q.shape[-1]))
+        out = attention(packed, k, v, mask=packed_mask, q_offset=0, scale=scale, dropout=dropout)
+        out = out * selected.gather(2, rows).unsqueeze(-1)  # rows that only pad the emptier heads
+        blank = torch.zeros(*q.shape[:3], v.shape[-1], dtype=out.dtype, device=out.device)
+        parts.append(blank.scatter(2, index.expand(-1, -1, -1, v.shape[-1]), out))
+    return torch.cat(parts, 1)
 
 
 def _probabilities(name: str, logits: Tensor | None, width: int) -> Tensor:
@@ -236,6 +246,7 @@ def _top(probs: Tensor, keep: int) -> Tensor:
 
 
 def _balance(probs: Tensor, selected: Tensor, released: bool) -> Tensor:
-    load = selected.to(probs.dtype).mean((0, 1))
-    loss = (probs.mean((0, 1)) * load).sum()
+    tokens = max(probs.shape[0] * probs.shape[1], 1)
+    load = selected.to(probs.dtype).sum((0, 1)) / tokens
+    loss = (probs.sum((0, 1)) / tokens * load).sum()
     return loss * probs.shape[-1] if released else loss

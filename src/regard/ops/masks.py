@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import bad_type, require, require_int, require_tensor
+from .._checks import bad_type, require, require_int, require_name, require_tensor
 
 __all__ = [
     "Mask",
@@ -33,6 +33,7 @@ __all__ = [
     "padding",
     "per_head",
     "prefix",
+    "shifted",
     "sink",
     "sliding_window",
 ]
@@ -414,29 +415,36 @@ class _PerHead(Mask):
 
 
 class _HeadSharded(Mask):
-    varies_head = True
-
     def __init__(
         self,
         num_heads: int,
         block_size: int,
-        local_blocks: int,
+        local_blocks: int | tuple[int, int],
         stride: int,
         dense_heads: int,
         homogeneous: bool,
         group: int,
+        step: int | None,
         offset: int,
+        causal: bool,
+        position: str | None,
     ) -> None:
         self.num_heads = require_int("num_heads", num_heads, 1)
         self.block_size = require_int("block_size", block_size, 1)
-        self.local_blocks = require_int("local_blocks", local_blocks, 0)
         self.stride = require_int("stride", stride, 1)
         self.dense_heads = require_int("dense_heads", dense_heads, 0)
         self.group = require_int("group", group, 1)
         require(dense_heads <= num_heads, "dense_heads", dense_heads, f"at most num_heads = {num_heads}")
-        self.homogeneous = bool(homogeneous)
-        self.step = max(1, stride // num_heads)
-        self.offset = offset
+        both = local_blocks if isinstance(local_blocks, tuple) else (local_blocks, 1 if causal else local_blocks)
+        require(len(both) == 2, "local_blocks", local_blocks, "an int, or (left, right)")
+        self.left, self.right = (require_int("local_blocks", side, 0) for side in both)
+        self.causal, self.homogeneous = bool(causal), bool(homogeneous)
+        self.step = max(1, stride // (num_heads * group)) if step is None else require_int("step", step, 0)
+        self.offset = require_int("offset", offset, -(1 << 62))
+        self.position = require_name(
+            "position", position or ("absolute" if causal else "relative"), ("absolute", "relative")
+        )
+        self.varies_head = dense_heads > 0 or (self.position == "absolute" and not self.homogeneous)
 
     def _phase(self, h: Tensor) -> tuple[Tensor, Tensor]:
         head = h // self.group
@@ -444,27 +452,64 @@ class _HeadSharded(Mask):
         phase = torch.zeros_like(head) if self.homogeneous else head * self.step
         return phase + self.offset, dense
 
-    def keep(self, b, h, q_idx, kv_idx):
+    def _blocks(self, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Whether query block i keeps key block j, causality aside."""
         phase, dense = self._phase(h)
-        i, j = q_idx // self.block_size, kv_idx // self.block_size
-        local = i - j < self.local_blocks
-        strided = (j + phase) % self.stride == 0
-        return (q_idx >= kv_idx) & (local | strided | dense)
+        if self.position == "absolute":
+            local = (i - j < self.left) & (j - i < self.right)
+            return local | ((j + phase) % self.stride == 0) | dense
+        beyond = (i - j - self.left + 1).clamp(min=0) + (j - i - self.right + 1).clamp(min=0)
+        return (beyond % self.stride == 0) | dense
+
+    def keep(self, b, h, q_idx, kv_idx):
+        kept = self._blocks(h, q_idx // self.block_size, kv_idx // self.block_size)
+        return kept & (q_idx >= kv_idx) if self.causal else kept
 
     def bounds(self, b, h, q_lo, q_hi, kv_lo, kv_hi):
-        phase, dense = self._phase(h)
         i_lo, i_hi = q_lo // self.block_size, q_hi // self.block_size
         j_lo, j_hi = kv_lo // self.block_size, kv_hi // self.block_size
-        some_local, all_local = i_lo - j_hi < self.local_blocks, i_hi - j_lo < self.local_blocks
-        first = -(-(j_lo + phase) // self.stride) * self.stride
-        some_strided = first <= j_hi + phase
-        all_strided = ((j_lo == j_hi) | (self.stride == 1)) & some_strided
-        some = (q_hi >= kv_lo) & (some_local | some_strided | dense)
-        every = (q_lo >= kv_hi) & (all_local | all_strided | dense)
+        phase, dense = self._phase(h)
+        # within one block the answer is exact; over several, bounds of the band and of the strided columns
+        band = (i_hi - j_lo < self.left) & (j_hi - i_lo < self.right)
+        if self.position == "absolute":
+            first = -(-(j_lo + phase) // self.stride) * self.stride
+            some = (i_lo - j_hi < self.left) & (j_lo - i_hi < self.right) | (first <= j_hi + phase) | dense
+        else:
+            some = (i_lo == i_lo) | dense
+        one = (i_lo == i_hi) & (j_lo == j_hi)
+        exact = self._blocks(h, i_lo, j_lo)
+        some = torch.where(one, exact, some)
+        every = torch.where(one, exact, band | dense | (self.stride == 1))
+        if self.causal:
+            some, every = some & (q_hi >= kv_lo), every & (q_lo >= kv_hi)
         return some, every
 
     def __repr__(self) -> str:
-        return f"head_sharded({self.num_heads}, block_size={self.block_size}, local_blocks={self.local_blocks}, stride={self.stride})"
+        local = self.left if self.causal else (self.left, self.right)
+        return (
+            f"head_sharded({self.num_heads}, block_size={self.block_size}, local_blocks={local}, stride={self.stride})"
+        )
+
+
+class _Shifted(Mask):
+    def __init__(self, inner: Mask, start: Tensor) -> None:
+        require_tensor("start", start, dims=1)
+        require(not start.is_floating_point(), "start", start.dtype, "integers, one a batch row")
+        self.inner, self.start = inner, start
+        self.varies_batch, self.varies_head = True, inner.varies_head
+
+    def _args(self, b: Tensor, h: Tensor, positions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        start = self.start.to(b.device)[b]
+        return (b, h, *(position - start for position in positions))
+
+    def keep(self, b, h, q_idx, kv_idx):
+        return self.inner.keep(*self._args(b, h, (q_idx, kv_idx)))
+
+    def bounds(self, b, h, q_lo, q_hi, kv_lo, kv_hi):
+        return self.inner.bounds(*self._args(b, h, (q_lo, q_hi, kv_lo, kv_hi)))
+
+    def __repr__(self) -> str:
+        return f"shifted({self.inner!r}, {self.start.tolist()})"
 
 
 everything: Mask = _Everything()
@@ -522,30 +567,46 @@ def per_head(masks: list[Mask]) -> Mask:
 def head_sharded(
     num_heads: int,
     block_size: int = 64,
-    local_blocks: int = 16,
+    local_blocks: int | tuple[int, int] = 16,
     stride: int = 8,
     *,
     dense_heads: int = 0,
     homogeneous: bool = False,
     group: int = 1,
+    step: int | None = None,
     offset: int = 0,
+    causal: bool = True,
+    position: str | None = None,
 ) -> Mask:
-    """S2-Attention's heterogeneous context sharding: causal, local blocks plus every `stride`-th block, shifted by head.
+    """S2-Attention's heterogeneous context sharding: local blocks plus every `stride`-th block, shifted by head.
 
-    Block (i, j) of kv head h is kept iff j <= i and (i - j < local_blocks or (j + h * step + offset) % stride == 0),
-    step = max(1, stride // num_heads); inside the diagonal block the token-level causal mask applies. Together the heads cover
-    everything when num_heads >= stride.
+    Block (i, j) of kv head h is kept iff j <= i and (i - j < local_blocks or (j + h * step + offset) % stride == 0); inside the
+    diagonal block the token-level causal mask applies. Together the heads cover everything when num_heads >= stride. Blocks are
+    counted from position 0, so decoding with a cache sees what prefill sees, and a strided column serves all later rows.
 
     Args:
         num_heads: kv heads. With GQA give `group` = query heads per kv head: the group shares its kv head's pattern.
-        block_size: tokens a block. local_blocks: blocks of the local band, own block included. stride: blocks between kept columns.
-        dense_heads: the LAST this many kv heads are plain causal.
+        block_size: tokens a block. local_blocks: blocks of the local band on the left, own block included (with `causal=False`
+            also on the right, or a pair (left, right)).
+        stride: blocks between kept columns; 1 is dense.
+        dense_heads: the LAST this many kv heads are dense (causal).
         homogeneous: every head uses head 0's columns (the paper's ablation).
-        offset: shifts the columns of all heads.
+        step: shift between neighbouring kv heads. None: max(1, stride // query heads), as released.
+        offset: shifts the columns of all heads: head h of a tensor-parallel shard beginning at kv head f has offset f * step.
+        causal: False for the bidirectional form.
+        position: where strided blocks are counted: "absolute" (from the start; default when causal: few columns have to stay in a
+            cache) or "relative" (from the edge of the local band, on both sides; default otherwise, the same for all heads).
 
     Source: Lin et al. 2024 (arXiv 2407.17678); pattern as in linxihui/dkernel.
     """
-    return _HeadSharded(num_heads, block_size, local_blocks, stride, dense_heads, homogeneous, group, offset)
+    return _HeadSharded(
+        num_heads, block_size, local_blocks, stride, dense_heads, homogeneous, group, step, offset, causal, position
+    )
+
+
+def shifted(mask: Mask, start: Tensor) -> Mask:
+    """`mask` with positions counted from `start[b]` in batch row b, (B,) integers: what left padding needs. Combine with `padding`."""
+    return _Shifted(as_mask(mask), start)
 
 
 def from_function(mask_mod: Callable[..., Tensor], *, varies_batch: bool = True, varies_head: bool = True) -> Mask:

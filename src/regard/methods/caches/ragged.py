@@ -1,0 +1,301 @@
+"""Ragged KV cache layers: per kv head either everything, or only sinks and recent entries. What is evicted is freed, not masked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from ... import ops
+from ..._checks import bad_value
+from ...ops import masks
+from ..call import AttentionCall
+
+_PAGE = 128  # tokens by which the store of the full heads grows: one copy every _PAGE steps, at most _PAGE - 1 rows of slack
+
+
+class GrowingStore:
+    """Keys and values that only grow, (B, H, length, D) each, in storage that grows by pages."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, H, n, D) rows; returns views of everything held."""
+        need = self.length + keys.shape[2]
+        if self._keys is None or self._values is None or need > self._keys.shape[2]:
+            capacity = -(-need // _PAGE) * _PAGE
+            self._keys, self._values = (
+                self._grown(self._keys, keys, capacity),
+                self._grown(self._values, values, capacity),
+            )
+        self._keys[:, :, self.length : need] = keys
+        self._values[:, :, self.length : need] = values
+        self.length = need
+        return self.views()
+
+    def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
+        new = like.new_empty((*like.shape[:2], capacity, like.shape[3]))
+        if old is not None:
+            new[:, :, : self.length] = old[:, :, : self.length]
+        return new
+
+    def views(self) -> tuple[Tensor, Tensor]:
+        assert self._keys is not None and self._values is not None
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def drop_last(self, count: int) -> None:
+        self.length -= count
+
+    def map_rows(self, fn: Any) -> None:
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = fn(self._keys), fn(self._values)
+
+
+class StreamStore:
+    """Keys and values of streaming heads: the first `sink` tokens of each row (its own, after left padding) and the last `recent`."""
+
+    def __init__(self, sink: int, recent: int) -> None:
+        self.sink, self.recent = sink, recent
+        self.sinks: tuple[Tensor, Tensor] | None = None
+        self.tail: tuple[Tensor, Tensor] | None = None
+
+    def add(self, keys: Tensor, values: Tensor, seen: int, start: Tensor) -> None:
+        """Take in tokens at positions [seen, seen + n) and let go of what is neither sink nor recent any more."""
+        self.sinks = self._with_sinks((keys, values), seen, start)
+        new = keys.shape[2]
+        kept = []
+        for i, fresh in enumerate((keys, values)):
+            if self.tail is None or new >= self.recent:
+                kept.append(fresh[:, :, max(0, new - self.recent) :].clone())
+            else:
+                old = self.tail[i]
+                room = self.recent - new
+                kept.append(torch.cat([old[:, :, max(0, old.shape[2] - room) :], fresh], dim=2))
+        self.tail = (kept[0], kept[1])
+
+    def _with_sinks(self, fresh: tuple[Tensor, Tensor], seen: int, start: Tensor) -> tuple[Tensor, Tensor]:
+        if self.sinks is not None and seen >= int(start.max()) + self.sink:
+            return self.sinks
+        slot = start[:, None] + torch.arange(self.sink, device=start.device)
+        new = fresh[0].shape[2]
+        arrives = (slot >= seen) & (slot < seen + new)
+        index = (slot - seen).clamp(0, new - 1)[:, None, :, None]
+        out = []
+        for i, part in enumerate(fresh):
+            gathered = part.gather(2, index.expand(-1, part.shape[1], -1, part.shape[3]))
+            held = self.sinks[i] if self.sinks is not None else torch.zeros_like(gathered)
+            out.append(torch.where(arrives[:, None, :, None], gathered, held))
+        return out[0], out[1]
+
+    def visible(self, seen: int, start: Tensor) -> tuple[Tensor, Tensor]:
+        """For what is stored, sinks then tail: positions (B, S + r) and whether the entry is real and not held twice (B, S + r)."""
+        assert self.tail is not None
+        slots = start[:, None] + torch.arange(self.sink, device=start.device)
+        tail = seen - self.tail[0].shape[2] + torch.arange(self.tail[0].shape[2], device=start.device)
+        tail = tail.expand(start.shape[0], -1)
+        return torch.cat([slots, tail], 1), torch.cat([slots < seen, tail >= start[:, None] + self.sink], 1)
+
+    def map_rows(self, fn: Any) -> None:
+        if self.sinks is not None and self.tail is not None:
+            self.sinks, self.tail = tuple(map(fn, self.sinks)), tuple(map(fn, self.tail))  # type: ignore[assignment]
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer's cache in which each kv head keeps everything or only `sink` + `recent` entries.
+
+    `update` takes the new keys and values and hands them back; the attention over what is stored is `attend`, which the method
+    that made the cache calls. Positions stay those of the model: entries carry the rotary phase they were made with.
+
+    Args:
+        streaming: bool (Hkv,), True for heads that keep only sinks and recent entries; None: to be set before the first `attend`.
+        sink, recent: tokens that streaming heads keep, from the start (after left padding) and from the end.
+        exact_window: False: a decoded token sees `recent` earlier tokens besides itself, and the first chunk is dense for all heads
+            (DuoAttention's released code). True: a query sees keys with `q - kv < recent` and sinks, in every phase.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, streaming: Tensor | None, sink: int, recent: int, exact_window: bool = False) -> None:
+        super().__init__()
+        self.streaming, self.sink, self.recent, self.exact_window = streaming, sink, recent, exact_window
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0
+        self.start: Tensor | None = None
+        self.full = GrowingStore()
+        self.stream = StreamStore(self.sink, max(0, self.recent - 1) if self.exact_window else self.recent)
+        self.pending: tuple[Tensor, Tensor] | None = None
+
+    # What transformers asks of a cache layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.pending is not None:
+            raise RuntimeError(
+                "this KV cache belongs to an attached regard method, and the method is no longer attached"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.pending = (key_states, value_states)
+        self.seen += key_states.shape[2]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + int(query_length), 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_rows(lambda t: t[indices.to(t.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (a negative number of them), which only heads that keep everything can do."""
+        count = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
+        if count <= 0 or self.seen == 0:
+            return
+        if self.streaming is None or bool(self.streaming.any()):
+            raise bad_value(
+                "crop", tokens_to_remove, "a cache without streaming heads: what they evicted cannot be taken back"
+            )
+        self.full.drop_last(count)
+        self.seen -= count
+
+    def _map_rows(self, fn: Any) -> None:
+        if self.seen:
+            self.full.map_rows(fn)
+            self.stream.map_rows(fn)
+            self.start = None if self.start is None else fn(self.start)
+
+    def offload(self) -> None:
+        self._map_rows(lambda t: t.to("cpu"))
+
+    def prefetch(self) -> None:
+        self._map_rows(lambda t: t.to(self.device))
+
+    # The attention over it
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Head outputs (B, H, N, Dv) of a call whose keys and values `update` has just taken in."""
+        if self.pending is None or self.streaming is None:
+            raise RuntimeError("RaggedLayer.attend needs an update before it, and `streaming` set")
+        keys, values = self.pending
+        before = self.seen - keys.shape[2]
+        if self.start is None:
+            self.start = call.start.clone()
+        streaming = self.streaming.to(keys.device)
+        group = call.num_heads // keys.shape[1]
+        out = call.q.new_empty((*call.q.shape[:3], values.shape[3]))
+        for heads, attend in (
+            ((~streaming).nonzero()[:, 0], self._attend_full),
+            (streaming.nonzero()[:, 0], self._attend_stream),
+        ):
+            if heads.numel() == 0:
+                continue
+            q_heads = (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
+            out[:, q_heads] = attend(call, call.q[:, q_heads], keys[:, heads], values[:, heads], before)
+        self.pending = None
+        return out
+
+    def _attend_full(self, call: AttentionCall, q: Tensor, keys: Tensor, values: Tensor, before: int) -> Tensor:
+        keys, values = self.full.append(keys, values)
+        return _attention(call, q, keys, values, call.mask if call.mask is not None else masks.causal)
+
+    def _attend_stream(self, call: AttentionCall, q: Tensor, keys: Tensor, values: Tensor, before: int) -> Tensor:
+        assert self.start is not None
+        if before == 0:
+            mask: Any = call.mask if call.mask is not None else masks.causal
+            if self.exact_window:
+                sees = masks.sliding_window(self.recent) | _sinks(self.start, self.sink)
+                mask = sees & (masks.causal if call.mask is None else call.mask)
+            out = _attention(call, q, keys, values, mask)
+        else:
+            out = self._attend_stored(call, q, keys, values, before)
+        self.stream.add(keys, values, before, self.start)
+        return out
+
+    def _attend_stored(self, call: AttentionCall, q: Tensor, keys: Tensor, values: Tensor, before: int) -> Tensor:
+        stream, start = self.stream, self.start
+        assert stream.sinks is not None and stream.tail is not None and start is not None
+        sinks = self._sink_keys(stream.sinks[0], before + keys.shape[2])
+        all_keys = torch.cat([sinks, stream.tail[0], keys], dim=2)
+        all_values = torch.cat([stream.sinks[1], stream.tail[1], values], dim=2)
+        new = keys.shape[2]
+        position, keep = stream.visible(before, start)
+        if new == 1 and bool(keep.all()):
+            return _attention(call, q, all_keys, all_values, None)
+        fresh = before + torch.arange(new, device=q.device)
+        position = torch.cat([position, fresh.expand(position.shape[0], -1)], 1)[:, None, None, :]
+        keep = torch.cat([keep, fresh >= start[:, None]], 1)[:, None, None, :]
+        query = fresh[None, None, :, None]
+        sees = keep & (position <= query)
+        if self.exact_window:
+            is_sink = position < (start + self.sink)[:, None, None, None]
+            sees = sees & (is_sink | (query - position < self.recent))
+        return _attention(call, q, all_keys, all_values, sees)
+
+    def _sink_keys(self, keys: Tensor, seen: int) -> Tensor:
+        """Sink keys as the queries are to see them; a subclass may move them to other positions."""
+        return keys
+
+
+def _sinks(start: Tensor, sink: int) -> masks.Mask:
+    if not bool(start.any()):
+        return masks.sink(sink)
+    return masks.padding(start + sink)
+
+
+def _attention(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    score_mod = None if call.soft_cap is None else ops.scores.soft_cap(call.soft_cap)
+    return ops.attention(
+        q, k, v, mask=mask, score_mod=score_mod, scale=call.scale, dropout=call.dropout, backend=call.backend
+    )
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of all tensor storages that a cache (or a cache layer) holds, each storage counted once, as allocated."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                walk(item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                walk(item)
+        elif hasattr(value, "__dict__") and id(value) not in seen and not isinstance(value, (type, torch.nn.Module)):
+            seen.add(id(value))
+            walk(vars(value))
+
+    walk(cache)
+    return sum(storages.values())

@@ -1,0 +1,9 @@
+"""What a trained model should look at instead: methods that edit scores, weights or head outputs."""
+
+from ..._lazy import lazy_exports
+
+_TABLE = {
+    "ZeroTuning": ".zero_tuning",
+    "MaskHeads": ".mask_heads",
+}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

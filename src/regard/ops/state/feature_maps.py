@@ -1,0 +1,77 @@
+"""Feature maps: what takes the place of the softmax. A map takes (B, H, N, D) to (B, H, N, F) and keeps the dtype.
+
+A name, a callable, or a pair of them (one for queries, one for keys). `register` adds a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._checks import bad_type, require, require_name
+
+FeatureMap = Callable[[Tensor], Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1 > 0 (Katharopoulos et al. 2020)."""
+    return F.elu(x) + 1
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the features: positive, sums to one."""
+    return x.softmax(dim=-1)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def symmetric_softmax(x: Tensor) -> Tensor:
+    """[softmax(x), softmax(-x)]: twice the width, positive, and x and -x differ (the map of Hedgehog, without its linear layer)."""
+    return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "identity": identity,
+    "relu": F.relu,
+    "squared_relu": squared_relu,
+    "elu+1": elu_plus_one,
+    "silu": F.silu,
+    "exp": torch.exp,
+    "softmax": softmax,
+    "symmetric_softmax": symmetric_softmax,
+}
+
+
+def register(name: str, feature_map: FeatureMap) -> FeatureMap:
+    """Make `feature_map` known by `name`. A name that is taken is an error, not replaced."""
+    require(name not in FEATURE_MAPS, "name", name, "a name that is not taken yet")
+    if not callable(feature_map):
+        raise bad_type("feature_map", feature_map, "a callable from (B, H, N, D) to (B, H, N, F)")
+    FEATURE_MAPS[name] = feature_map
+    return feature_map
+
+
+def resolve(feature_map: str | FeatureMap | tuple[str | FeatureMap, str | FeatureMap] | None) -> tuple[FeatureMap, FeatureMap]:
+    """The maps for queries and for keys meant by the `feature_map` argument of `linear_attention`."""
+    pair = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
+    require(len(pair) == 2, "feature_map", pair, "one map, or a pair (for queries, for keys)")
+
+    def one(item: str | FeatureMap | None) -> FeatureMap:
+        if item is None:
+            return identity
+        if isinstance(item, str):
+            return FEATURE_MAPS[require_name("feature_map", item, FEATURE_MAPS)]
+        if not callable(item):
+            raise bad_type("feature_map", item, "a name, a callable, a pair of them, or None")
+        return item
+
+    return one(pair[0]), one(pair[1])
