@@ -264,6 +264,18 @@ def test_verify_names_what_it_cannot_do(tmp_path, monkeypatch):
     assert "is no folder" in str(verify("--vectors", tmp_path / "none").exception)
 
 
+def test_verify_finds_the_checkout_and_says_when_there_is_none(tmp_path, monkeypatch):
+    from regard.bench import verify as module
+
+    monkeypatch.chdir(REPO / "tests")
+    assert module.default_folder() == REPO / "tests" / "conformance"
+    monkeypatch.chdir(tmp_path)
+    assert module.default_folder() == REPO / "tests" / "conformance"
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "site-packages" / "regard" / "bench" / "verify.py"))
+    with pytest.raises(ValueError, match="an installed wheel carries no vectors"):
+        module.default_folder()
+
+
 def test_pytest_runs_any_other_folder(tmp_path):
     linear_vector(tmp_path / "vectors")
     save(tmp_path / "vectors", "005-new", {"out.0": torch.zeros(1)})

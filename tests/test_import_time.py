@@ -7,7 +7,9 @@ import sys
 import pytest
 
 HEAVY = ("transformers", "timm", "diffusers", "torchvision", "matplotlib", "accelerate", "ray", "pandas")
-FRONT_DOOR = "import regard; regard.ops.attention; regard.nn.AgentAttention; regard.masks.causal; regard.Method; regard.attach"
+FRONT_DOOR = (
+    "import regard; regard.ops.attention; regard.nn.AgentAttention; regard.masks.causal; regard.Method; regard.attach"
+)
 
 
 def python(code):
@@ -24,9 +26,12 @@ def test_nothing_heavier_than_torch_is_imported(imported):
 
 
 def test_regard_takes_at_most_0_3_seconds_beyond_torch():
-    """Measured in one process, after torch, so that torch's own time and the disk's mood cancel; the best of five."""
+    """Measured in one process, after torch, so that torch's own time cancels; on a busy machine the best of five counts."""
     code = f"import torch, time; t = time.perf_counter(); {FRONT_DOOR}; print(time.perf_counter() - t)"
-    assert min(float(python(code)) for _ in range(5)) <= 0.3
+    seconds = []
+    while not seconds or (min(seconds) > 0.3 and len(seconds) < 5):
+        seconds.append(float(python(code)))
+    assert min(seconds) <= 0.3, seconds
 
 
 @pytest.mark.parametrize(

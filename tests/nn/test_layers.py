@@ -6,7 +6,7 @@ from timm.layers import SqueezeExcite as TimmSqueezeExcite
 from torch import nn
 
 from regard.nn import BNLinear, ConvBN, ConvFeedForward, Residual, SqueezeExcite, fuse_conv_bn
-from regard.nn.layers import levit_keys, rename_keys
+from regard.nn.layers import GroupNorm, levit_keys, rename_keys
 
 
 def randomised(module):
@@ -103,6 +103,14 @@ def test_residual_drop():
     assert torch.equal(residual.eval()(x), 2 * x)
     with pytest.raises(ValueError, match=r"drop: got 1\.0, need a probability in \[0, 1\)"):
         Residual(nn.Identity(), drop=1.0)
+
+
+def test_group_norm_of_single_values():
+    norm = GroupNorm(4, 4).double()
+    nn.init.normal_(norm.bias)
+    torch.testing.assert_close(norm(torch.randn(1, 4, 1, 1).double()), norm.bias.view(1, 4, 1, 1))
+    x = torch.randn(2, 4, 3).double()
+    assert torch.equal(norm(x), nn.GroupNorm.forward(norm, x))
 
 
 @pytest.mark.parametrize("channels", [4, 27, 36, 108, 512])

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import regard
 from regard.nn import SingleHeadSelfAttention
+from regard.ops import reference
 
 
 def randomised(*args, **kwargs):
@@ -55,7 +55,7 @@ def test_whole_width_is_plain_single_head_attention():
     layer = randomised(6, 4, pdim=6)
     x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
     q, k, v = layer.qkv(layer.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).split([4, 4, 6], dim=-1)
-    y = regard.ops.attention(q, k, v).squeeze(1).transpose(1, 2).reshape(2, 6, 3, 4)
+    y = reference.attention(q, k, v, q_offset=0, scale=0.5).squeeze(1).transpose(1, 2).reshape(2, 6, 3, 4)
     torch.testing.assert_close(layer(x), layer.proj(y.relu()))
 
 

@@ -74,12 +74,15 @@ def _preparer(session: Session, keeper: Method) -> Any:
 
 
 def _processors(session: Session, entry: nn.Module, speaker: Method) -> Any:
-    """Stands for `_get_logits_processor`: the method's own come first, so that they see the raw logits."""
+    """Stands for `_get_logits_processor`: the method's own come first, so that they see the raw logits; those marked `last`
+    come after everything else, temperature and top-p included."""
 
     def processors(original: Any, *args: Any, **kwargs: Any) -> Any:
         chain = original(*args, **kwargs)
         ours = speaker.logits(entry, session)
-        chain[:0] = ours if isinstance(ours, (list, tuple)) else [] if ours is None else [ours]
+        ours = list(ours) if isinstance(ours, (list, tuple)) else [] if ours is None else [ours]
+        chain[:0] = [processor for processor in ours if not getattr(processor, "last", False)]
+        chain.extend(processor for processor in ours if getattr(processor, "last", False))
         return chain
 
     return processors

@@ -1,4 +1,4 @@
-"""`AttentionCall`, the one object that flows through everything that touches a pretrained model, and `Method`, what is attached.
+"""`AttentionCall`, the one object that flows through everything that touches a pretrained model.
 
 A model's attention layer hands its q, k, v and mask to an `AttentionCall`; the attached methods contribute to it through
 the seams they claim; `run()` ends in `regard.ops.attention`. A contribution says which stage it needs and pays for that alone:
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,14 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import bad_value, require
 from ..ops import masks, reference
+from .method import Method, ScoreMod, UnsupportedModelError
+from .weights import dense_weights, narrowed, share_of_keys
 
 if TYPE_CHECKING:
     from ..ops.masks import Mask
     from ..ops.selection import Selection
 
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-SEAMS = ("mask", "score", "select", "attend", "edit", "cache", "logits")
-
-
-class UnsupportedModelError(ValueError):
-    """The method, or regard itself, cannot serve this model; the message says why."""
+__all__ = ["AttentionCall", "Method", "UnsupportedModelError"]
 
 
 @dataclass(eq=False)
@@ -76,6 +72,7 @@ class AttentionCall:
     num_layers: int = 0
     session: Any = None
     backend: str = "auto"
+    num_seen: int | None = field(default=None, repr=False)
     biases: list[Tensor] = field(default_factory=list, repr=False)
     extra_mask: Mask | None = field(default=None, repr=False)
     score_mod: ScoreMod | None = field(default=None, repr=False)
@@ -113,9 +110,10 @@ class AttentionCall:
     @property
     def seen(self) -> int:
         """Tokens of the sequence up to and including this call's queries (for cross-attention: keys)."""
-        if self.cache is None or self.kind == "cross":
-            return self.kv_len
-        return int(self.cache.get_seq_length())
+        if self.num_seen is None:
+            own = self.cache is None or self.kind == "cross"
+            self.num_seen = self.kv_len if own else int(self.cache.get_seq_length())
+        return self.num_seen
 
     @property
     def position(self) -> int:
@@ -129,10 +127,10 @@ class AttentionCall:
 
     @property
     def q_offset(self) -> int:
-        """Position of the first query counted in keys of this call, which is what masks, score mods and selections speak of."""
-        if self.kind == "cross" or self.cache is None or not getattr(self.cache, "is_compileable", False):
+        """Position of the first query counted in keys of this call. (Without a mask queries are always the last positions.)"""
+        if self.mask is None or self.kind == "cross":
             return self.kv_len - self.q_len
-        return self.position - self.key_offset if self.mask is not None else self.kv_len - self.q_len
+        return self.position - self.key_offset
 
     @property
     def start(self) -> Tensor:
@@ -186,24 +184,24 @@ class AttentionCall:
             factor: >= 0; 0 removes the keys, 1 changes nothing. A number, or a tensor: (heads,), or broadcastable to (B, heads, 1, K).
             heads: query heads to treat; None = all.
         """
-        numbers = range(self.num_heads) if heads is None else self._head_numbers(heads)
-        factor = torch.as_tensor(factor, dtype=torch.float32, device=self.q.device)
+        numbers = list(range(self.num_heads) if heads is None else heads)
+        self._head_numbers(numbers)
+        dtype = torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        factor = torch.as_tensor(factor, dtype=dtype, device=self.q.device)
         if factor.dim() == 1 and len(factor) > 1:
             require(len(factor) == len(numbers), "factor", f"{len(factor)} values", f"one a head, {len(numbers)}")
             factor = factor.view(1, -1, 1, 1)
         if not bool((factor >= 0).all()):
             raise bad_value("factor", float(factor.min()), "factors >= 0")
-        log_factor = factor.log()
-        bias = torch.zeros(self.batch, self.num_heads, 1, self.kv_len, device=self.q.device)
-        chosen = list(numbers)
+        bias = torch.zeros(self.batch, len(numbers), 1, self.kv_len, dtype=dtype, device=self.q.device)
         if isinstance(keys, Tensor) and keys.dtype == torch.bool:
-            where = keys.to(self.q.device).view(-1, 1, 1, self.kv_len)
-            bias[:, chosen] = torch.where(where, log_factor, bias[:, chosen])
+            bias = torch.where(keys.to(self.q.device).view(-1, 1, 1, self.kv_len), factor.log(), bias)
         else:
-            index = self._key_numbers(keys)
-            rows = bias[:, chosen]
-            rows[..., index] = log_factor
-            bias[:, chosen] = rows
+            column, kept = self._columns(keys)
+            bias[..., column] = (factor[..., kept] if factor.dim() and factor.shape[-1] > 1 else factor).log()
+        if heads is not None:
+            every = torch.zeros(self.batch, self.num_heads, 1, self.kv_len, dtype=dtype, device=self.q.device)
+            bias = every.index_copy(1, torch.tensor(numbers, dtype=torch.long, device=self.q.device), bias)
         self.add_bias(bias)
 
     def on_weights(self, fn: Callable[[Tensor], Tensor], heads: Sequence[int] | None = None) -> None:
@@ -216,17 +214,27 @@ class AttentionCall:
 
     def _head_numbers(self, heads: Sequence[int]) -> list[int]:
         numbers = sorted({int(head) for head in heads})
-        if numbers and not (0 <= numbers[0] and numbers[-1] < self.num_heads):
+        if numbers and (numbers[0] < 0 or numbers[-1] >= self.num_heads):
             raise bad_value("heads", list(heads), f"numbers in [0, {self.num_heads})")
         return numbers
 
-    def _key_numbers(self, keys: int | slice | Tensor) -> Tensor:
-        """Absolute key positions as columns of this call; those that the cache has dropped, or that come later, are left out."""
+    def _row_numbers(self, rows: Sequence[int] | slice | Tensor | None) -> Tensor:
+        row = torch.arange(self.q_len, device=self.q.device)
+        if rows is None or isinstance(rows, slice):
+            return row[rows or slice(None)]
+        number = torch.as_tensor(rows, dtype=torch.long, device=self.q.device).reshape(-1)
+        if not bool(((number >= -self.q_len) & (number < self.q_len)).all()):
+            raise bad_value("rows", number.tolist(), f"query rows in [{-self.q_len}, {self.q_len})")
+        return row[number]
+
+    def _columns(self, keys: int | slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Absolute key positions as columns of this call, and which of them there are: the cache may have dropped some, others come later."""
         if isinstance(keys, slice):
             keys = torch.arange(self.seen)[keys]
         index = torch.as_tensor(keys, device=self.q.device).reshape(-1)
         index = torch.where(index < 0, index + self.seen, index) - self.key_offset
-        return index[(index >= 0) & (index < self.kv_len)]
+        kept = (index >= 0) & (index < self.kv_len)
+        return index[kept], kept
 
     @property
     def _score_shape(self) -> torch.Size:
@@ -251,15 +259,26 @@ class AttentionCall:
                 self.selection = method.select(self)
             if "attend" in seams:
                 attended = method.attend(self)
-                if attended is not None and (self.biases or self.weight_edits) and not method.honours_edits:
-                    raise ValueError(
-                        f"{type(method).__name__} computes the attention itself and cannot honour the edits of scores or weights "
-                        f"in layer {self.layer}; attach it without {_others(methods, method)}"
-                    )
+                if attended is not None and not method.honours_edits:
+                    self._require_unedited(method, methods)
         out = self.attention() if attended is None else attended
         for edit in self.output_edits:
             out = edit(out)
         return out
+
+    def _require_unedited(self, method: Method, methods: Sequence[Method]) -> None:
+        """A method that computes the attention itself sees q, k, v and the mask; refuse to lose anything else in silence."""
+        others = ", ".join(type(other).__name__ for other in methods if "edit" in other.seams() and other is not method)
+        for what, given in (
+            ("biases of the scores", self.biases),
+            ("edits of the weights", self.weight_edits),
+            ("sink logits", self.sinks),
+        ):
+            if given is not None and len(given):
+                raise ValueError(
+                    f"{type(method).__name__} computes the attention itself and cannot honour the {what} "
+                    f"({others or type(self.module).__name__}) in layer {self.layer}; attach it alone, or to another model"
+                )
 
     def attention(self) -> Tensor:
         """The head outputs by `regard.ops.attention`, with the model's own mask and everything contributed so far."""
@@ -277,7 +296,7 @@ class AttentionCall:
             self.k,
             self.v,
             mask=self.full_mask(),
-            score_mod=self._full_score_mod(),
+            score_mod=self.full_score_mod(),
             bias=self.bias(),
             selection=self.selection,
             q_offset=self.q_offset if self._speaks_of_positions else None,
@@ -289,12 +308,7 @@ class AttentionCall:
         if self.sinks is None:
             return out
         out, lse = out
-        return out * self._share_of_keys(lse, self.sinks).to(out.dtype)
-
-    @staticmethod
-    def _share_of_keys(lse: Tensor, sinks: Tensor) -> Tensor:
-        """Mass left to the keys when a sink logit takes part in the softmax: e^lse / (e^lse + e^sink), (B, H, N, 1)."""
-        return torch.sigmoid(lse - sinks.to(lse.dtype).view(1, -1, 1))[..., None]
+        return out * share_of_keys(lse, self.sinks).to(out.dtype)
 
     def full_mask(self) -> Mask | Tensor | None:
         """The model's own mask and the attached one together, as `regard.ops.attention` takes it."""
@@ -321,7 +335,8 @@ class AttentionCall:
             total = total + bias
         return total
 
-    def _full_score_mod(self) -> ScoreMod | None:
+    def full_score_mod(self) -> ScoreMod | None:
+        """The model's own soft cap and then the attached score mod, or None."""
         if self.soft_cap is None:
             return self.score_mod
         capped = ops.scores.soft_cap(self.soft_cap)
@@ -349,44 +364,17 @@ class AttentionCall:
         return self.key_offset if getattr(self.cache, "is_sliding", False) else 0
 
     def weights(self, heads: Sequence[int] | None = None, rows: Sequence[int] | slice | Tensor | None = None) -> Tensor:
-        """The softmax weights, dense, float32 (float64 stays): (B, len(heads), len(rows), M).
+        """The softmax weights, dense, float32 (float64 stays): (B, len(heads), len(rows), M), heads in ascending order.
 
         Everything contributed to the scores is in them (masks, biases, score mods, selection, soft cap, sinks); edits of the
         weights and dropout are not.
         """
-        device = self.q.device
-        every = torch.arange(self.num_heads, device=device)
-        head = every if heads is None else every[torch.as_tensor(self._head_numbers(heads), dtype=torch.long)]
-        row = torch.arange(self.q_len, device=device)
-        if rows is not None:
-            row = row[rows] if isinstance(rows, slice) else row[torch.as_tensor(rows, device=device)]
-        group = self.num_heads // self.num_kv_heads
-        q, k = self.q[:, head][:, :, row], self.k[:, head // group]
+        call = self if heads is None else narrowed(self, self._head_numbers(heads))
+        return dense_weights(call, self._row_numbers(rows))
 
-        mask, bias, score_mod = self.full_mask(), self.bias(), self._full_score_mod()
-        if isinstance(mask, Tensor):
-            mask = masks.dense(mask, q_offset=self.q_offset)
-        if self.selection is not None:
-            chosen = self.selection.to(device).materialize()
-            if chosen.shape[1] not in (1, self.num_heads):
-                chosen = chosen.repeat_interleave(group, dim=1)
-            chosen = masks.dense(chosen, q_offset=self.q_offset)
-            mask = chosen if mask is None else mask & chosen
-        if bias is not None:
-            bias = bias[:, head] if bias.shape[1] > 1 else bias
-            bias = bias[:, :, row] if bias.shape[2] > 1 else bias
-        position = row + self.q_offset  # masks and score mods are asked about the heads and rows of the whole call
-        scores = reference.attention_scores(
-            q,
-            k,
-            mask=None if mask is None else masks.from_function(lambda b, h, i, j: mask(b, head[h], position[i], j)),
-            score_mod=None if score_mod is None else lambda s, b, h, i, j: score_mod(s, b, head[h], position[i], j),
-            bias=bias,
-            q_offset=0,
-            scale=self.q.shape[-1] ** -0.5 if self.scale is None else self.scale,
-        )
-        weights, lse = reference.softmax_with_lse(scores)
-        return weights if self.sinks is None else weights * self._share_of_keys(lse, self.sinks[head])
+    def narrowed(self, heads: Sequence[int]) -> AttentionCall:
+        """This call for some query heads alone, ascending, each with keys and values of its own; edits are left out."""
+        return narrowed(self, self._head_numbers(heads))
 
     def _edited_heads(self) -> list[int]:
         numbers: set[int] = set()
@@ -395,7 +383,8 @@ class AttentionCall:
         return sorted(numbers)
 
     def _from_weights(self, edited: list[int]) -> Tensor:
-        weights = self.weights(edited)
+        call = narrowed(self, edited)
+        weights = call.weights()
         for fn, heads in self.weight_edits:
             if heads is None or heads == edited:
                 weights = fn(weights)
@@ -404,80 +393,4 @@ class AttentionCall:
                 weights = weights.index_copy(1, where, fn(weights[:, where]).to(weights.dtype))
         if self.dropout > 0.0:
             weights = nn.functional.dropout(weights, self.dropout)
-        group = self.num_heads // self.num_kv_heads
-        values = self.v[:, torch.tensor(edited, device=self.v.device) // group]
-        return (weights @ values.to(weights.dtype)).to(self.q.dtype)
-
-
-def _others(methods: Sequence[Method], method: Method) -> str:
-    return ", ".join(type(other).__name__ for other in methods if other is not method) or "them"
-
-
-@dataclass
-class Method:
-    """Base of everything that `regard.attach` joins to a model: a small dataclass whose fields are the paper's knobs.
-
-    A subclass overrides the hooks of the seams it claims, and only those; `seams()` reads which from the class. Two attached
-    methods may not claim the same seam. Hooks are called for every `AttentionCall` that `applies` accepts.
-
-    Class attributes:
-        kinds: kinds of attention that the method treats. towers: towers that it treats; None = the one that generates text
-            (or the only one). honours_edits: whether `attend` itself honours `call.bias()` and `call.weight_edits`.
-
-    A field named `layers` (a sequence of layer numbers, negative from the end; None = all), if the subclass has one, restricts it.
-    """
-
-    kinds: ClassVar[tuple[str, ...]] = ("self",)
-    towers: ClassVar[tuple[str, ...] | None] = None
-    honours_edits: ClassVar[bool] = False
-
-    # Seams
-
-    def mask(self, call: AttentionCall) -> Mask | None:
-        """Who may look at whom, by absolute positions; joined to the model's own mask with `&`. None: no restriction here."""
-        return None
-
-    def score(self, call: AttentionCall) -> ScoreMod | None:
-        """A score mod, applied to the scaled scores after the model's own soft cap."""
-        return None
-
-    def select(self, call: AttentionCall) -> Selection | None:
-        """Which key blocks each query block looks at; the model's own mask holds inside."""
-        return None
-
-    def attend(self, call: AttentionCall) -> Tensor | None:
-        """The head outputs (B, H, N, Dv), computed by the method itself (over a ragged cache, say). None: not this call."""
-        return None
-
-    def edit(self, call: AttentionCall) -> None:
-        """Contribute through `call.add_bias`, `scale_keys`, `on_weights`, `on_output`; or only look."""
-
-    def cache(self, model: nn.Module) -> Any:
-        """A fresh, empty transformers `Cache` for the decoder of `model`; called once a generation."""
-        return None
-
-    def logits(self, model: nn.Module, session: Any) -> Any:
-        """A transformers `LogitsProcessor`, or a list of them, for one generation. They see the raw logits, before the
-        processors of `generate` itself (in beam search: log-probabilities)."""
-        return None
-
-    # Not seams
-
-    def check(self, model: nn.Module) -> None:
-        """Raise `UnsupportedModelError` when the method cannot serve `model`. Called by `attach` before anything is changed."""
-
-    def setup(self, session: Any) -> None:
-        """Called once, when everything is in place; may register `session.capture(name, module)` for what `logits` wants to read."""
-
-    def applies(self, call: AttentionCall) -> bool:
-        """Whether the hooks are to be called for this call."""
-        towers = self.towers if self.towers is not None else (getattr(call.session, "main_tower", call.tower),)
-        if call.kind not in self.kinds or call.tower not in towers:
-            return False
-        layers = getattr(self, "layers", None)
-        return layers is None or call.layer in layers or call.layer - call.num_layers in layers
-
-    @classmethod
-    def seams(cls) -> tuple[str, ...]:
-        """The seams that this class claims: the hooks it overrides."""
-        return tuple(name for name in SEAMS if getattr(cls, name) is not getattr(Method, name))
+        return reference.weighted_values(weights, call.v).to(self.q.dtype)

@@ -55,6 +55,13 @@ class ConvBN(nn.Module):
         return fused
 
 
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` that takes single-value groups at batch size 1 too (giving the bias, as at other batch sizes)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class BNLinear(nn.Module):
     """BatchNorm1d, then Linear: (B, C_in) -> (B, C_out), the classifier of the LeViT family.
 

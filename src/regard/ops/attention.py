@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,10 +35,12 @@ class AttentionRequest:
     scale: float
     dropout: float
     return_lse: bool
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What a backend worked out about this request while it was being chosen."""
 
     @property
     def needs_grad(self) -> bool:
-        tensors = (self.q, self.k, self.v, self.bias)
+        tensors = (self.q, self.k, self.v, self.bias, *getattr(self.score_mod, "tensors", ()))
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

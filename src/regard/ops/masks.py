@@ -45,11 +45,14 @@ class Mask:
     """A predicate over (batch, head, query position, key position).
 
     Subclasses define `keep` and, when they can, `bounds`. `varies_batch` / `varies_head` tell whether the answer depends on
-    `b` / `h`: a plan for a mask that does not is computed once and shared.
+    `b` / `h`: a plan for a mask that does not is computed once and shared. `frozen`: the answer can never change (no tensors or
+    user functions inside), so a plan may be kept. `relative`: it depends on `q_idx - kv_idx` alone, so equal offsets share a tile.
     """
 
     varies_batch: bool = False
     varies_head: bool = False
+    frozen: bool = False
+    relative: bool = False
 
     def keep(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define keep()")
@@ -112,11 +115,18 @@ def index_grid(
     )
 
 
+def _inherit(mask: Mask, *parts: Mask) -> None:
+    """What a composition varies with, and what it may promise."""
+    mask.varies_batch = any(part.varies_batch for part in parts)
+    mask.varies_head = any(part.varies_head for part in parts)
+    mask.frozen = all(part.frozen for part in parts)
+    mask.relative = all(part.relative for part in parts)
+
+
 class _And(Mask):
     def __init__(self, left: Mask, right: Mask) -> None:
         self.left, self.right = left, right
-        self.varies_batch = left.varies_batch or right.varies_batch
-        self.varies_head = left.varies_head or right.varies_head
+        _inherit(self, left, right)
 
     def keep(self, b, h, q_idx, kv_idx):
         return self.left.keep(b, h, q_idx, kv_idx) & self.right.keep(b, h, q_idx, kv_idx)
@@ -133,8 +143,7 @@ class _And(Mask):
 class _Or(Mask):
     def __init__(self, left: Mask, right: Mask) -> None:
         self.left, self.right = left, right
-        self.varies_batch = left.varies_batch or right.varies_batch
-        self.varies_head = left.varies_head or right.varies_head
+        _inherit(self, left, right)
 
     def keep(self, b, h, q_idx, kv_idx):
         return self.left.keep(b, h, q_idx, kv_idx) | self.right.keep(b, h, q_idx, kv_idx)
@@ -151,7 +160,7 @@ class _Or(Mask):
 class _Not(Mask):
     def __init__(self, inner: Mask) -> None:
         self.inner = inner
-        self.varies_batch, self.varies_head = inner.varies_batch, inner.varies_head
+        _inherit(self, inner)
 
     def keep(self, b, h, q_idx, kv_idx):
         return ~self.inner.keep(b, h, q_idx, kv_idx)
@@ -180,6 +189,8 @@ class _Function(Mask):
 
 
 class _Everything(Mask):
+    frozen = relative = True
+
     def keep(self, b, h, q_idx, kv_idx):
         return torch.ones(torch.broadcast_shapes(q_idx.shape, kv_idx.shape), dtype=torch.bool, device=q_idx.device)
 
@@ -192,6 +203,8 @@ class _Everything(Mask):
 
 
 class _Causal(Mask):
+    frozen = relative = True
+
     def keep(self, b, h, q_idx, kv_idx):
         return q_idx >= kv_idx
 
@@ -203,6 +216,8 @@ class _Causal(Mask):
 
 
 class _SlidingWindow(Mask):
+    frozen = relative = True
+
     def __init__(self, window: int) -> None:
         self.window = require_int("window", window, 0)
 
@@ -219,6 +234,8 @@ class _SlidingWindow(Mask):
 
 
 class _Sink(Mask):
+    frozen = True
+
     def __init__(self, sink: int) -> None:
         self.sink = require_int("sink", sink, 0)
 
@@ -234,6 +251,8 @@ class _Sink(Mask):
 
 
 class _Dilated(Mask):
+    frozen = relative = True
+
     def __init__(self, dilation: int, window: int | None) -> None:
         self.dilation = require_int("dilation", dilation, 1)
         self.window = None if window is None else require_int("window", window, 0)
@@ -268,7 +287,7 @@ class _Prefix(Mask):
             self.lengths, self.varies_batch = lengths, True
         else:
             self.lengths = torch.tensor([require_int("lengths", lengths, 0)])
-            self.varies_batch = False
+            self.varies_batch, self.frozen = False, True
 
     def _limit(self, b: Tensor) -> Tensor:
         return self.lengths.to(b.device)[b if self.varies_batch else torch.zeros_like(b)]
@@ -336,11 +355,45 @@ class _Document(Mask):
     def keep(self, b, h, q_idx, kv_idx):
         return self._of(b, q_idx) == self._of(b, kv_idx)
 
+    def bounds(self, b, h, q_lo, q_hi, kv_lo, kv_hi):
+        ranges = self._ranges().to(q_lo.device)
+        row = b if self.varies_batch else torch.zeros_like(b)
+        q_min, q_max = _range_extremes(ranges, row, q_lo, q_hi)
+        kv_min, kv_max = _range_extremes(ranges, row, kv_lo, kv_hi)
+        some = (q_min <= kv_max) & (kv_min <= q_max)
+        return some, (q_min == q_max) & (kv_min == kv_max) & (q_min == kv_min)
+
+    def _ranges(self) -> Tensor:
+        """(2, levels, B, N): smallest and largest number within [i, i + 2^level). Made anew each time: `ids` may have changed."""
+        low = high = self.ids
+        levels = [torch.stack([low, high])]
+        step = 1
+        while 2 * step <= self.ids.shape[1]:
+            later = (torch.arange(self.ids.shape[1], device=low.device) + step).clamp(max=self.ids.shape[1] - 1)
+            low, high = torch.minimum(low, low[:, later]), torch.maximum(high, high[:, later])
+            levels.append(torch.stack([low, high]))
+            step *= 2
+        return torch.stack(levels, dim=1)
+
     def __repr__(self) -> str:
         return f"document({tuple(self.ids.shape)})"
 
 
+def _range_extremes(ranges: Tensor, row: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number within the inclusive range [lo, hi], from two overlapping powers of two."""
+    last = ranges.shape[3] - 1
+    lo, hi = lo.clamp(0, last), hi.clamp(0, last)
+    span = (hi - lo + 1).clamp(min=1)
+    level = (torch.frexp(span.double()).exponent - 1).long()
+    second = hi - (1 << level) + 1
+    low = torch.minimum(ranges[0][level, row, lo], ranges[0][level, row, second])
+    high = torch.maximum(ranges[1][level, row, lo], ranges[1][level, row, second])
+    return low, high
+
+
 class _Block(Mask):
+    frozen = True
+
     def __init__(self, size: int) -> None:
         self.size = require_int("size", size, 1)
 
@@ -394,7 +447,8 @@ class _PerHead(Mask):
                 self.unique.append(mask)
             numbers.append(next(i for i, seen in enumerate(self.unique) if seen is mask))
         self.number = torch.tensor(numbers)
-        self.varies_batch = any(mask.varies_batch for mask in masks)
+        _inherit(self, *self.unique)
+        self.varies_head, self.relative = True, False
 
     def _pick(self, h: Tensor, values: list[Tensor]) -> Tensor:
         number = self.number.to(h.device)[h]

@@ -15,7 +15,8 @@ from .masks import Mask, everything
 from .selection import Selection
 
 FULL = -1
-_TILE_BUDGET = 1 << 25  # booleans evaluated at a time while tiles are made
+LAZY = -2
+_TILE_BUDGET = 1 << 22  # booleans evaluated at a time while tiles are made
 
 
 @dataclass
@@ -25,6 +26,7 @@ class BlockPlan:
     Attributes:
         kv_blocks: int64 (B|1, H|1, nQ, K): key blocks with work, ascending, -1 at the end.
         tiles_of: int64, same shape: `FULL` (-1) or the number of the tile in `tiles`; meaningless where `kv_blocks` is -1.
+            `LAZY` (-2) for every mixed block when there were more distinct tiles than `max_tiles`: ask the mask again.
         tiles: bool (T, block_q, block_k), distinct mixed tiles; False outside the lengths.
         block_q, block_k, q_len, kv_len: geometry. A full block at the ragged end is full over what exists.
     """
@@ -88,11 +90,13 @@ def make_plan(
     block_q: int = 64,
     block_k: int = 64,
     device: torch.device | str | None = None,
+    max_tiles: int | None = None,
 ) -> BlockPlan:
     """Lower a mask and/or a selection to blocks.
 
     The block sizes of `selection` win over `block_q`, `block_k`. The head axis of the result is 1 when nothing depends on the
     head, `num_kv_heads` when only a selection per kv head does, else `num_heads`; likewise the batch axis.
+    `max_tiles` bounds the distinct tiles that are stored (None: all of them): beyond it mixed blocks are marked `LAZY`.
     """
     mask = everything if mask is None else mask
     if selection is not None:
@@ -124,7 +128,7 @@ def make_plan(
     present = (some & (indices >= 0)).expand(indices.shape)
     mixed = present & ~every
     tiles_of = torch.full(indices.shape, FULL, dtype=torch.long, device=device)
-    tiles, numbers, alive = _make_tiles(mask, mixed, j, block_q, block_k, q_len, kv_len, q_offset)
+    tiles, numbers, alive = _make_tiles(mask, mixed, j, block_q, block_k, q_len, kv_len, q_offset, max_tiles)
     tiles_of[mixed] = numbers
     present = present.clone()
     present[mixed] = alive
@@ -149,20 +153,29 @@ def _empty(indices: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int)
 
 
 def _make_tiles(
-    mask: Mask, mixed: Tensor, j: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int, q_offset: int
+    mask: Mask,
+    mixed: Tensor,
+    j: Tensor,
+    block_q: int,
+    block_k: int,
+    q_len: int,
+    kv_len: int,
+    q_offset: int,
+    max_tiles: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Evaluate the mixed blocks. Returns distinct tiles, the tile number of each mixed block (FULL when it turned out full),
-    and whether it holds anything at all."""
+    """Evaluate the mixed blocks. Returns distinct tiles, the tile number of each mixed block (FULL when it turned out full, LAZY when
+    there are too many to keep), and whether it holds anything at all."""
     device = mixed.device
     where = mixed.nonzero()
-    if where.shape[0] == 0:
-        empty = torch.zeros((0, block_q, block_k), dtype=torch.bool, device=device)
-        return empty, where.new_zeros(0), torch.zeros(0, dtype=torch.bool, device=device)
     blocks = j.expand(mixed.shape)[mixed]
+    alike: Tensor | None = None
+    if mask.relative and where.shape[0] > 1:
+        where, blocks, alike = _one_of_each(where, blocks, block_q, block_k, q_len, kv_len)
     rows, columns = torch.arange(block_q, device=device), torch.arange(block_k, device=device)
+    store = _TileStore(block_q, block_k, max_tiles, device)
+    numbers = torch.full((where.shape[0],), FULL, dtype=torch.long, device=device)
+    alive = torch.zeros(where.shape[0], dtype=torch.bool, device=device)
     step = max(1, _TILE_BUDGET // (block_q * block_k))
-    known: list[Tensor] = []
-    codes, fulls, alives = [], [], []
     for lo in range(0, where.shape[0], step):
         part, block = where[lo : lo + step], blocks[lo : lo + step]
         row = part[:, 2, None, None] * block_q + rows[None, :, None]
@@ -171,20 +184,58 @@ def _make_tiles(
         row_at, column_at = row.clamp(max=q_len - 1) + q_offset, column.clamp(max=kv_len - 1)
         tile = mask.keep(part[:, 0, None, None], part[:, 1, None, None], row_at, column_at)
         tile = torch.broadcast_to(tile, exists.shape) & exists
-        fulls.append((tile == exists).all(-1).all(-1))
-        alives.append(tile.any(-1).any(-1))
-        codes.append(_pack(tile.flatten(1)))
-        known.append(tile[fulls[-1].logical_not() & alives[-1]])
-    full, alive, code = torch.cat(fulls), torch.cat(alives), torch.cat(codes)
-    keep = ~full & alive
-    numbers = torch.full((where.shape[0],), FULL, dtype=torch.long, device=device)
-    tiles = torch.cat(known)
-    if bool(keep.any()):
-        distinct, inverse = torch.unique(code[keep], dim=0, return_inverse=True)
-        first = torch.full((distinct.shape[0],), tiles.shape[0], dtype=torch.long, device=device)
-        first.scatter_reduce_(0, inverse, torch.arange(inverse.shape[0], device=device), reduce="amin")
-        tiles, numbers[keep] = tiles[first], inverse
-    return tiles, numbers, alive
+        alive[lo : lo + step] = tile.any(-1).any(-1)
+        stored = (alive[lo : lo + step] & (tile != exists).any(-1).any(-1)).nonzero()[:, 0] + lo
+        numbers[stored] = store.add(tile[stored - lo])
+    numbers = store.final(numbers)
+    return store.tiles, numbers if alike is None else numbers[alike], alive if alike is None else alive[alike]
+
+
+def _one_of_each(
+    where: Tensor, blocks: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of blocks at equal distance from the diagonal, cut alike by the lengths, the first; and for each block which of them it equals."""
+    distance = where[:, 2] * block_q - blocks * block_k
+    ragged = (where[:, 2] == (q_len - 1) // block_q).long() * 2 + (blocks == (kv_len - 1) // block_k).long()
+    kinds, alike = torch.unique(torch.stack([distance, ragged], dim=1), dim=0, return_inverse=True)
+    first = torch.full((kinds.shape[0],), where.shape[0], dtype=torch.long, device=where.device)
+    first.scatter_reduce_(0, alike, torch.arange(where.shape[0], device=where.device), reduce="amin")
+    return where[first], blocks[first], alike
+
+
+class _TileStore:
+    """Distinct tiles, collected chunk by chunk; gives up (keeps none) beyond `limit`."""
+
+    def __init__(self, block_q: int, block_k: int, limit: int | None, device: torch.device) -> None:
+        self.limit = limit
+        self.given_up = False
+        self.tiles = torch.zeros((0, block_q, block_k), dtype=torch.bool, device=device)
+        self.codes = torch.zeros((0, -(-block_q * block_k // 32)), dtype=torch.long, device=device)
+
+    def add(self, tiles: Tensor) -> Tensor:
+        """Numbers of `tiles` (P, block_q, block_k) in the store."""
+        if self.given_up or tiles.shape[0] == 0:
+            return torch.full((tiles.shape[0],), LAZY, dtype=torch.long, device=tiles.device)
+        known = self.codes.shape[0]
+        codes = torch.cat([self.codes, _pack(tiles.flatten(1))])
+        distinct, inverse = torch.unique(codes, dim=0, return_inverse=True)
+        # number the distinct ones by first appearance, so that those given out before stay valid
+        first = torch.full((distinct.shape[0],), codes.shape[0], dtype=torch.long, device=codes.device)
+        first.scatter_reduce_(0, inverse, torch.arange(codes.shape[0], device=codes.device), reduce="amin")
+        first, order = first.sort()
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.shape[0], device=order.device)
+        if self.limit is not None and distinct.shape[0] > self.limit:
+            self.given_up = True
+            self.tiles, self.codes = self.tiles[:0], self.codes[:0]
+            return torch.full((tiles.shape[0],), LAZY, dtype=torch.long, device=tiles.device)
+        self.tiles = torch.cat([self.tiles, tiles[first[known:] - known]])
+        self.codes = codes[first]
+        return place[inverse[known:]]
+
+    def final(self, numbers: Tensor) -> Tensor:
+        """`numbers` as given out, all LAZY when the store gave up in between."""
+        return torch.where(numbers == FULL, FULL, LAZY) if self.given_up else numbers
 
 
 def _pack(bits: Tensor) -> Tensor:

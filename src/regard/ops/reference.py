@@ -36,7 +36,7 @@ def attention_scores(
     batch, num_heads, q_len, _ = q.shape
     num_kv_heads, kv_len = k.shape[1:3]
     dtype = accumulation_dtype(q.dtype)
-    grouped = q.to(dtype).reshape(batch, num_kv_heads, num_heads // num_kv_heads, q_len, -1)
+    grouped = q.to(dtype).reshape(batch, num_kv_heads, num_heads // num_kv_heads, q_len, q.shape[3])
     scores = torch.einsum("bkgnd,bkmd->bkgnm", grouped, k.to(dtype)).reshape(batch, num_heads, q_len, kv_len) * scale
     b, h, qi, ki = index_grid(batch, num_heads, q_len, kv_len, q_offset, q.device)
     if score_mod is not None:

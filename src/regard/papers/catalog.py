@@ -86,7 +86,10 @@ def _parse(row: dict[str, Any]) -> Paper:
     if unknown := sorted(set(row) - known):
         raise ValueError(f"{where}: unknown field {', '.join(unknown)}")
     try:
-        paper = Paper(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+        }
+        paper = Paper(**values)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
     for name, value, allowed in (

@@ -123,7 +123,9 @@ def _show(paper: Paper) -> None:
         return
     section("What it does", paper.summary)
     out.print("\n[bold]How to use it[/]")
-    out.print(Padding(Syntax(paper.use.strip("\n"), "python", background_color="default"), (0, 0, 0, 2)))
+    out.print(
+        Padding(Syntax(paper.use.strip("\n"), "python", background_color="default", word_wrap=True), (0, 0, 0, 2))
+    )
     section("Public names", *paper.exports)
     if paper.docs:
         section("Good to know", *paper.docs.split("\n\n"))

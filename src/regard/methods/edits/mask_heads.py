@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import bad_type, require, require_name
+from ..._checks import bad_type, bad_value, require, require_name
 from ..call import AttentionCall, Method
-from .zero_tuning import heads_by_layer
+from .zero_tuning import check_layers, heads_by_layer
 
 __all__ = ["MaskHeads"]
 
@@ -48,15 +48,9 @@ class MaskHeads(Method):
         require_name("mode", self.mode, ("uniform", "zero", "mean"))
         require_name("phase", self.phase, ("decode", "all"))
         table = heads_by_layer(self.heads)
-        if table is None:
-            require(
-                not isinstance(self.heads, type(None)) and not list(self.heads),
-                "heads",
-                self.heads,
-                "(layer, head) pairs or {layer: heads}",
-            )
-            table = {}
-        self._table = table
+        if table is None and (self.heads is None or list(self.heads)):
+            raise bad_value("heads", self.heads, "(layer, head) pairs or {layer: head numbers}")
+        self._table = table or {}
         if (self.means is not None) != (self.mode == "mean"):
             raise bad_type(
                 "means",
@@ -66,11 +60,14 @@ class MaskHeads(Method):
         if self.means is not None:
             require(self.means.dim() == 3, "means", f"shape {tuple(self.means.shape)}", "(layers, H, Dv)")
 
+    def setup(self, session: Any) -> None:
+        check_layers(self._table, session.num_layers)
+
     def edit(self, call: AttentionCall) -> None:
         heads = sorted({*self._table.get(call.layer, ()), *self._table.get(call.layer - call.num_layers, ())})
         if not heads or (self.phase == "decode" and call.phase != "decode"):
             return
-        require(0 <= heads[0] and heads[-1] < call.num_heads, "heads", heads, f"head numbers in [0, {call.num_heads})")
+        require(heads[0] >= 0 and heads[-1] < call.num_heads, "heads", heads, f"head numbers in [0, {call.num_heads})")
         if self.mode == "uniform":
             self._uniform(call, heads)
             return
@@ -87,19 +84,17 @@ class MaskHeads(Method):
 
     @staticmethod
     def _uniform(call: AttentionCall, heads: list[int]) -> None:
-        """Zero queries give equal scores. Where the model itself adds a bias to them, that has to go too."""
-        if not call.biases:
-            call.q = call.q.index_fill(1, torch.tensor(heads, device=call.q.device), 0.0)
-            return
-        call.biases = [_without(bias, heads, call.num_heads) for bias in call.biases]
-        call.q = call.q.index_fill(1, torch.tensor(heads, device=call.q.device), 0.0)
+        """Zero queries give equal scores. Where the model itself adds a bias to its scores, that has to go too."""
+        index = torch.tensor(heads, device=call.q.device)
+        call.q = call.q.index_fill(1, index, 0.0)
+        call.biases = [_without(bias, index, call.num_heads) for bias in call.biases]
 
 
-def _without(bias: Tensor, heads: list[int], num_heads: int) -> Tensor:
-    """The bias without its finite part in these heads; -inf, which forbids, stays."""
+def _without(bias: Tensor, index: Tensor, num_heads: int) -> Tensor:
+    """The bias without its finite part in these heads; what forbids a key (-inf, or a number as large as the type has) stays."""
     full = bias.expand(-1, num_heads, -1, -1)
-    flat = torch.where(torch.isneginf(full[:, heads]), full[:, heads], 0.0)
-    return full.index_copy(1, torch.tensor(heads, device=bias.device), flat)
+    rows = full[:, index]
+    return full.index_copy(1, index, torch.where(rows < torch.finfo(bias.dtype).min / 2, rows, 0.0))
 
 
 def _replace(out: Tensor, index: Tensor, means: Tensor) -> Tensor:

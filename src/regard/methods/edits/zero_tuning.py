@@ -24,7 +24,7 @@ from ..._checks import bad_type, bad_value, require, require_int
 from ...ops.reweight import log_factor_bias
 from ..call import AttentionCall, Method
 
-__all__ = ["ZeroTuning", "heads_by_layer"]
+__all__ = ["ZeroTuning", "check_layers", "heads_by_layer"]
 
 
 def heads_by_layer(heads: Any) -> dict[int, list[int]] | None:
@@ -44,6 +44,12 @@ def heads_by_layer(heads: Any) -> dict[int, list[int]] | None:
             raise bad_value("heads", heads, "head numbers, (layer, head) pairs, a mapping {layer: heads} or None")
         table.setdefault(int(pair[0]), []).append(int(pair[1]))
     return {layer: sorted(set(numbers)) for layer, numbers in table.items()}
+
+
+def check_layers(table: dict[int, list[int]] | None, num_layers: int) -> None:
+    """Raise a `ValueError` if a table of `heads_by_layer` names a layer that the model has not."""
+    for layer in table or ():
+        require(-num_layers <= layer < num_layers, "heads", f"layer {layer}", f"layers in [0, {num_layers})")
 
 
 @dataclass
@@ -84,6 +90,11 @@ class ZeroTuning(Method):
             require(ok, "span", self.span, "a (start, end) pair of positions, 0 <= start <= end")
             require(self.key == 0, "key", self.key, "0 (the default) where a span is given")
         self._table = heads_by_layer(self.heads)
+
+    def setup(self, session: Any) -> None:
+        check_layers(self._table, session.num_layers)
+        if self.layers is not None:
+            check_layers({layer: [] for layer in self.layers}, session.num_layers)
 
     def edit(self, call: AttentionCall) -> None:
         heads = self.heads if self._table is None else self._heads_here(call)

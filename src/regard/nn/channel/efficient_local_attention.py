@@ -7,10 +7,10 @@ channels, ours takes the nearest smaller counts that do (see `EfficientLocalAtte
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..._checks import bad_value, require, require_int, require_name
+from ..layers import GroupNorm
 from .gate import FeatureGate, require_feature_map, strip_means
 
 # letter -> (kernel size, channels per conv group or None for depthwise, GroupNorm groups)
@@ -93,15 +93,12 @@ class EfficientLocalAttention(FeatureGate):
 
         self.channels = channels
         self.conv = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False)
-        self.gn = nn.GroupNorm(gn_groups, channels) if gn_groups else None
+        self.gn = GroupNorm(gn_groups, channels) if gn_groups else None
 
     def _weigh(self, strip: Tensor) -> Tensor:
         """(B, C, L) -> attention in (0, 1) of the same shape."""
         strip = self.conv(strip)
-        if self.gn is not None:
-            # torch.group_norm, not the module: nn.GroupNorm refuses groups of one value at batch 1 (and only there)
-            strip = torch.group_norm(strip, self.gn.num_groups, self.gn.weight, self.gn.bias, self.gn.eps)
-        return strip.sigmoid()
+        return (strip if self.gn is None else self.gn(strip)).sigmoid()
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) -> (a_h (B, C, H, 1), a_w (B, C, 1, W)), each in (0, 1)."""

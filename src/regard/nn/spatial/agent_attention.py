@@ -227,7 +227,10 @@ class AgentAttention(nn.Module):
         agents = F.adaptive_avg_pool2d(_image(q[:, first:], grid), self.agent_grid).flatten(2).transpose(1, 2)
         bias1, bias2 = self.bias(key_grid, grid, self.agent_grid)
         out = agent_attention(
-            *(self._heads(part) for part in (q, k, v, agents)),
+            self._heads(q),
+            self._heads(k),
+            self._heads(v),
+            self._heads(agents),
             bias1=bias1,
             bias2=bias2,
             scale=self.scale,

@@ -175,8 +175,12 @@ class AgentStripeAttention(nn.Module):
         images = [part.transpose(1, 2).unflatten(2, self.stripe) for part in (q, v)]
         agents = F.adaptive_avg_pool2d(images[0], self.agent_grid).flatten(2).transpose(1, 2)
         bias1, bias2 = self.bias()
+        q, k, v, agents = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (q, k, v, agents))
         out = agent_attention(
-            *(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v, agents)),
+            q,
+            k,
+            v,
+            agents,
             bias1=bias1,
             bias2=bias2,
             scale=self.scale,

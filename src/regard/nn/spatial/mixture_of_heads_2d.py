@@ -56,6 +56,9 @@ def log_relative_positions(
 class _PositionBias(nn.Module):
     """MLP 2 -> 512 -> heads over the distinct relative coordinates; `forward() -> (H, N, M)`. The tables are not saved."""
 
+    index: Tensor
+    table: Tensor
+
     def __init__(self, num_heads: int, query_grid: Grid, key_grid: Grid, pretrain_grid: Grid | None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(2, 512)
@@ -191,6 +194,9 @@ class MixtureOfHeadAggregatedAttention(_MixtureOfHead2d):
         pool_grid: the pooled grid itself, an int or (height, width), instead of `sr_ratio`.
         qkv_bias: bias of the q and kv projections (default True).
     """
+
+    outside: Tensor
+    log_length: Tensor
 
     def __init__(
         self,

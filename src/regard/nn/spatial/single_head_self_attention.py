@@ -13,7 +13,7 @@ from ..._checks import require, require_int
 from ...ops.attention import attention
 from ...ops.reference import accumulation_dtype
 from ..channel.gate import require_feature_map
-from ..layers import ConvBN, levit_keys, rename_keys
+from ..layers import ConvBN, GroupNorm, levit_keys, rename_keys
 
 
 class SingleHeadSelfAttention(nn.Module):
@@ -46,14 +46,16 @@ class SingleHeadSelfAttention(nn.Module):
         require(require_int("pdim", pdim, 1) <= dim, "pdim", pdim, f"an int in 1..dim={dim}")
         self.dim, self.qk_dim, self.pdim = dim, qk_dim, pdim
         self.scale = qk_dim**-0.5
-        self.norm = nn.GroupNorm(1, pdim)
+        self.norm = GroupNorm(1, pdim)
         self.qkv = ConvBN(pdim, 2 * qk_dim + pdim)
         self.proj = ConvBN(dim, dim, bn_weight_init=0.0)
 
     def _qkv(self, x: Tensor) -> list[Tensor]:
         """The attending channels as q, k (B, 1, H*W, qk_dim) and v (B, 1, H*W, pdim)."""
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)
-        return list(qkv.split([self.qk_dim, self.qk_dim, self.pdim], dim=-1))
+        # split before transposing: the gradient that reaches the batch norm is then laid out (B, C, H, W). PyTorch's CPU
+        # batch norm (seen in 2.15) computes wrong gradients at batch size 1 from one laid out (B, H, W, C).
+        parts = self.qkv(self.norm(x)).flatten(2).split([self.qk_dim, self.qk_dim, self.pdim], dim=1)
+        return [part.transpose(1, 2).unsqueeze(1) for part in parts]
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """What the head looks at: x (B, dim, H, W) -> (B, H*W queries, H*W keys), rows summing to 1."""

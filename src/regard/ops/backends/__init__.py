@@ -25,5 +25,7 @@ def load(name: str) -> ModuleType:
 
 def choose(request: AttentionRequest) -> str:
     """The fastest backend that serves the request on its device; `eager` when no other does."""
-    order = ("sdpa", "triton", "flex") if request.q.is_cuda else ("sdpa", "cpu")
+    order = ("sdpa", "triton", "flex") if request.q.is_cuda else ("cpu", "sdpa")
+    if order[0] != "sdpa" and load("sdpa").is_native(request):
+        order = ("sdpa", *order)
     return next((name for name in order if load(name).refuses(request) is None and load(name).suits(request)), "eager")

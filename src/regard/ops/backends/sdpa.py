@@ -13,7 +13,7 @@ from ..masks import causal
 if TYPE_CHECKING:
     from ..attention import AttentionRequest
 
-_MATRIX_LIMIT = 1 << 22  # a mask of at most this many entries is cheaper to write down than to plan around
+MATRIX_LIMIT = 1 << 22  # entries of a mask that may be written down
 
 
 def _is_causal(request: AttentionRequest) -> bool:
@@ -35,21 +35,32 @@ def refuses(request: AttentionRequest) -> str | None:
     return None
 
 
+def is_native(request: AttentionRequest) -> bool:
+    """Whether torch's kernels serve the request without a mask matrix."""
+    return request.selection is None and request.bias is None and (_sees_all(request) or _is_causal(request))
+
+
+def matrix_size(request: AttentionRequest) -> int:
+    """Entries of the mask matrix that the request needs here."""
+    batch, num_heads, q_len, _ = request.q.shape
+    shape = (1, 1)
+    if request.mask is not None:
+        shape = (batch if request.mask.varies_batch else 1, num_heads if request.mask.varies_head else 1)
+    if request.selection is not None:
+        shape = torch.broadcast_shapes(shape, (request.selection.indices.shape[0], 1))
+        shape = (shape[0], num_heads if request.selection.indices.shape[1] > 1 else shape[1])
+    return shape[0] * shape[1] * q_len * request.k.shape[2]
+
+
 def suits(request: AttentionRequest) -> bool:
-    if request.selection is None and request.bias is None and (_sees_all(request) or _is_causal(request)):
-        return True
-    _, _, q_len, _ = request.q.shape
-    return request.selection is None and q_len * request.k.shape[2] <= _MATRIX_LIMIT
+    return is_native(request) or matrix_size(request) <= MATRIX_LIMIT
 
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     q, k, v = request.q, request.k, request.v
     options = {"dropout_p": request.dropout, "scale": request.scale, "enable_gqa": k.shape[1] != q.shape[1]}
-    if request.selection is None and request.bias is None:
-        if _sees_all(request):
-            return F.scaled_dot_product_attention(q, k, v, **options), None
-        if _is_causal(request):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options), None
+    if is_native(request):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=not _sees_all(request), **options), None
     keep, additive = _matrix(request)
     # A row that may see nothing is NaN in some kernels: let it see everything, then blank it.
     empty = ~keep.any(-1, keepdim=True)

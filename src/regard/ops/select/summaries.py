@@ -73,7 +73,9 @@ def check_boundaries(boundaries: Tensor, batch: int, length: int) -> Tensor:
     boundaries = boundaries.long().reshape(-1, boundaries.shape[-1])
     rows, cuts = boundaries.shape
     require(rows in (1, batch), "boundaries", f"{rows} rows", f"1 or {batch} rows")
-    fits = cuts >= 2 and bool((boundaries[:, 0] == 0).all() & (boundaries[:, -1] == length).all())
-    require(fits, "boundaries", boundaries.tolist(), f"0 first and the length, {length}, last")
-    require(bool((boundaries.diff(dim=1) >= 0).all()), "boundaries", boundaries.tolist(), "ascending positions")
+    require(cuts >= 2, "boundaries", f"{cuts} cuts", "at least 0 and the length")
+    ends = (boundaries[:, 0].tolist(), boundaries[:, -1].tolist())
+    fits = set(ends[0]) == {0} and set(ends[1]) == {length}
+    require(fits, "boundaries", f"first {ends[0]}, last {ends[1]}", f"0 first and the length, {length}, last")
+    require(bool((boundaries.diff(dim=1) >= 0).all()), "boundaries", "cuts out of order", "ascending positions")
     return boundaries.expand(batch, -1)

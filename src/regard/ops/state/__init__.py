@@ -1,1 +1,15 @@
+"""State ops: linear and recurrent attention, each as parallel = chunk = recurrent form with an explicit state."""
 
+from ..._lazy import lazy_exports
+
+_TABLE = {
+    "linear_attention": ".linear",
+    "linear_attention_backend": ".linear",
+    "linear_attention_decode": ".linear",
+    "linear_attention_reference": ".reference",
+    "LinearState": ".linear_state",
+    "alibi_slopes": ".decay",
+    "layer_log_decay": ".decay",
+    "feature_maps": ".feature_maps:",
+}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

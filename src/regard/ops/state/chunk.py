@@ -29,9 +29,7 @@ def default_chunk_size(rows: int, channel_decay: bool = False) -> int:
     then the calls cost more than the arithmetic. With a decay per channel a chunk costs C x C x D memory: 16."""
     if channel_decay:
         return 16
-    if rows >= 8:
-        return 32
-    return 64 if rows >= 3 else 128
+    return 64 if rows >= 4 else 128
 
 
 class _Tiles:
@@ -65,7 +63,9 @@ class _Weights:
     block (R, 1, 1): exp(g m). R = B * H rows, g = log_decay <= 0. Without decay all factors but the mask are None.
     """
 
-    def __init__(self, log_decay: Tensor | None, rows: int, m: int, like: Tensor, dtype: torch.dtype, dim: int, value_dim: int):
+    def __init__(
+        self, log_decay: Tensor | None, rows: int, m: int, like: Tensor, dtype: torch.dtype, dim: int, value_dim: int
+    ):
         steps = torch.arange(m, device=like.device, dtype=torch.float32 if like.device.type == "mps" else torch.float64)
         distance = steps[:, None] - steps[None, :]
         self.query = self.key = self.block = self.query_v = self.key_v = None
@@ -81,7 +81,10 @@ class _Weights:
         self.mask = full((rate[..., None] * distance.clamp(min=0)).masked_fill(distance < 0, float("-inf")), m, m)
         query, key = full(rate * (steps + 1), m)[..., None], full(rate * (m - 1 - steps), m)[..., None]
         self.query, self.key = query.expand(-1, -1, dim).contiguous(), key.expand(-1, -1, dim).contiguous()
-        self.query_v, self.key_v = query.expand(-1, -1, value_dim).contiguous(), key.expand(-1, -1, value_dim).contiguous()
+        self.query_v, self.key_v = (
+            query.expand(-1, -1, value_dim).contiguous(),
+            key.expand(-1, -1, value_dim).contiguous(),
+        )
         self.block = full(rate * m, 1)[..., None].expand(-1, dim, value_dim).contiguous()
 
 
@@ -135,7 +138,14 @@ class _ChunkFixed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, chunk: int, dtype: torch.dtype
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        state: Tensor | None,
+        chunk: int,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         plan = _Plan(q, k, v, log_decay, chunk)
         out = torch.empty(plan.rows, plan.length, plan.value_dim, dtype=dtype, device=q.device)
@@ -162,7 +172,9 @@ class _ChunkFixed(torch.autograd.Function):
         with no_autocast(q.device):
             tiles = [plan.tiles(x) for x in (q, k, v, grad_out)]
             dq = _sweep_right(plan, tiles, state, q) if need_q else None
-            dk, dv, dstate = _sweep_left(plan, tiles, grad_state, k, v) if need_k or need_v or need_state else (None,) * 3
+            dk, dv, dstate = (
+                _sweep_left(plan, tiles, grad_state, k, v) if need_k or need_v or need_state else (None,) * 3
+            )
         return dq, dk, dv, None, dstate if need_state else None, None, None
 
 

@@ -6,21 +6,12 @@ import torch
 from torch import Tensor
 
 from ..._checks import require, require_int, require_name
+from ..scores import alibi_slopes
+
+__all__ = ["alibi_slopes", "cumulative_decay", "layer_log_decay"]
 
 # Nothing survives exp(-1e5) in any dtype, and sums of it stay exact enough in float64 to subtract.
 _FORGET = -1e5
-
-
-def alibi_slopes(num_heads: int) -> Tensor:
-    """The geometric slopes of ALiBi (Press et al. 2022), (H,) float32: 2^(-8 i / H) for i = 1..H when H is a power of two.
-
-    Otherwise the slopes of the power of two below H, followed by every second one of the power of two above.
-    """
-    require_int("num_heads", num_heads, 1)
-    below = 1 << (num_heads.bit_length() - 1)
-    slopes = [2.0 ** (-8.0 * (i + 1) / below) for i in range(below)]
-    slopes += [2.0 ** (-4.0 * (2 * i + 1) / below) for i in range(num_heads - below)]
-    return torch.tensor(slopes, dtype=torch.float32)
 
 
 def layer_log_decay(num_heads: int, layer_idx: int, num_layers: int, variant: str = "released") -> Tensor:

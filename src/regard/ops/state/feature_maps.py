@@ -60,7 +60,9 @@ def register(name: str, feature_map: FeatureMap) -> FeatureMap:
     return feature_map
 
 
-def resolve(feature_map: str | FeatureMap | tuple[str | FeatureMap, str | FeatureMap] | None) -> tuple[FeatureMap, FeatureMap]:
+def resolve(
+    feature_map: str | FeatureMap | tuple[str | FeatureMap, str | FeatureMap] | None,
+) -> tuple[FeatureMap, FeatureMap]:
     """The maps for queries and for keys meant by the `feature_map` argument of `linear_attention`."""
     pair = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
     require(len(pair) == 2, "feature_map", pair, "one map, or a pair (for queries, for keys)")

@@ -13,7 +13,7 @@ def parallel_causal(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, N, Dv) in `dtype`, and the state after the last token. log_decay: None, (B, H, N) or (B, H, N, D)."""
-    batch, heads, length, dim = q.shape
+    batch, heads, length = q.shape[:3]
     acc = accumulate_dtype(q.dtype)
     groups = heads // k.shape[1]
     q, k, v = q.to(acc), expand_heads(k.to(acc), groups), expand_heads(v.to(acc), groups)

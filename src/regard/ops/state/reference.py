@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .feature_maps import FeatureMap, resolve
-from .types import LinearState
+from .linear_state import LinearState
 
 
 def linear_attention_reference(
@@ -77,4 +77,4 @@ def linear_attention_reference(
 def _weights(log_decay: Tensor) -> Tensor:
     """(H, n, C) -> (H, n + 1, C): entry j + 1 is what is left of token j after the last one, entry 0 of what was before all."""
     sums = log_decay.flip(1).cumsum(1).flip(1)
-    return torch.cat([sums, torch.zeros_like(log_decay[:, :1] if sums.shape[1] else sums.new_zeros(sums.shape[0], 1, sums.shape[2]))], 1).exp()
+    return torch.cat([sums, sums.new_zeros(sums.shape[0], 1, sums.shape[2])], dim=1).exp()

@@ -1,0 +1,188 @@
+"""Which heads to tune, and how much: the search procedure of ZeroTuning (081, see `methods/edits/zero_tuning.py`).
+
+Each head is tried with the first token's weight raised and lowered; what happens to the accuracy on labelled prompts, or to the
+entropy of the next-token distribution on unlabelled ones, says which way it should go (the paper's up- and down-effective heads).
+The larger of the two groups is then tuned together, with the factor that does best on a grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import require, require_name
+from ..integrations.transformers import attach
+from ..methods.edits.zero_tuning import ZeroTuning
+from .head_scores import HeadScores
+
+__all__ = ["HeadProfile", "profile_heads", "tune_gamma"]
+
+Inputs = Mapping[str, Tensor]
+EACH = ("head", "layer", "both")
+
+
+@dataclass(eq=False)
+class HeadProfile:
+    """What raising and lowering the first token's weight does, head by head.
+
+    Attributes:
+        up, down: gain in the objective over the untouched model with the factor above and below 1, as `HeadScores`: (1, H) where each
+            head number was tried in all layers at once, (L, 1) where each layer was with all heads, (L, H) where each head was alone.
+        baseline: the objective without any edit. each: "head", "layer" or "both".
+    """
+
+    up: HeadScores
+    down: HeadScores
+    baseline: float
+    each: str
+
+    def _better(self, this: HeadScores, other: HeadScores) -> list[tuple[int, int]]:
+        wins = (this.scores > 0) & (this.scores > other.scores)
+        return [head for head in this.ranking() if wins[head]]
+
+    def _named(self, heads: list[tuple[int, int]]) -> list[Any]:
+        part = {"head": 1, "layer": 0}.get(self.each)
+        return heads if part is None else [head[part] for head in heads]
+
+    @property
+    def up_heads(self) -> list[Any]:
+        """What gains from a factor above 1, and more than from one below, best first: head numbers, layer numbers, or pairs."""
+        return self._named(self._better(self.up, self.down))
+
+    @property
+    def down_heads(self) -> list[Any]:
+        """What gains from a factor below 1, and more than from one above, best first."""
+        return self._named(self._better(self.down, self.up))
+
+    @property
+    def dominant(self) -> list[Any]:
+        """The larger group, which the paper tunes (of equals, the first)."""
+        return max(self.up_heads, self.down_heads, key=len)
+
+
+@torch.no_grad()
+def profile_heads(
+    model: nn.Module,
+    inputs: Iterable[Inputs],
+    labels: Iterable[Tensor] | None = None,
+    *,
+    gammas: tuple[float, float] = (2.0, 0.5),
+    objective: str | None = None,
+    each: str = "head",
+    heads: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    choices: Tensor | None = None,
+) -> HeadProfile:
+    """Try every head with the first token's weight raised and lowered.
+
+        profile = regard.lens.profile_heads(model, prompts)              # no labels: entropy
+        method = regard.ZeroTuning(gamma=2.0, heads=profile.dominant)
+
+    Args:
+        model: a causal language model. inputs: batches of prompts, as the tokenizer gives them (padded on either side).
+        labels: for the accuracy, the right next token of each prompt, one int64 (B,) a batch.
+        gammas: factors to try, above and below 1.
+        objective: "accuracy" (share of prompts whose likeliest next token is the label) or "entropy" (of the next-token
+            distribution in nats, less is better). None: accuracy where labels are given.
+        each: "head": each head number in all `layers` at once (the authors' mode 1); "layer": each layer with all `heads` (mode 2);
+            "both": each head of each layer alone (mode 0).
+        heads, layers: restrict the search; None = all. choices: token ids that an answer may be; None = the whole vocabulary.
+
+    Cost: 1 + 2 x (number tried) forwards of every batch.
+    """
+    require_name("each", each, EACH)
+    require(gammas[0] > 1 > gammas[1] >= 0, "gammas", gammas, "a factor above 1 and one in [0, 1)")
+    measure = _objective(model, list(inputs), None if labels is None else list(labels), objective, choices)
+    with attach(model) as session:
+        config = model.config.get_text_config(decoder=True)
+        shape = (session.num_layers, config.num_attention_heads)
+    wanted_heads = list(range(shape[1])) if heads is None else list(heads)
+    wanted_layers = list(range(shape[0])) if layers is None else list(layers)
+    baseline = measure(None)
+    tables = []
+    for gamma in gammas:
+        if each == "head":
+            trials = [((0, h), ZeroTuning(gamma, heads=[h], layers=wanted_layers)) for h in wanted_heads]
+            table = torch.full((1, shape[1]), torch.nan)
+        elif each == "layer":
+            trials = [((la, 0), ZeroTuning(gamma, heads=wanted_heads, layers=[la])) for la in wanted_layers]
+            table = torch.full((shape[0], 1), torch.nan)
+        else:
+            trials = [((la, h), ZeroTuning(gamma, heads=[(la, h)])) for la in wanted_layers for h in wanted_heads]
+            table = torch.full(shape, torch.nan)
+        for place, method in trials:
+            table[place] = measure(method) - baseline
+        tables.append(HeadScores(table, name=f"gain at gamma {gamma:g}"))
+    return HeadProfile(tables[0], tables[1], baseline, each)
+
+
+@torch.no_grad()
+def tune_gamma(
+    model: nn.Module,
+    inputs: Iterable[Inputs],
+    labels: Iterable[Tensor] | None = None,
+    *,
+    gammas: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0),
+    objective: str | None = None,
+    heads: Any = None,
+    layers: Sequence[int] | None = None,
+    choices: Tensor | None = None,
+) -> tuple[float, dict[float, float]]:
+    """The factor that does best on a grid, and the objective at each (entropy with its sign turned, so that more is better).
+
+    Without labels this is the paper's unsupervised mode: the factor of least mean next-token entropy. Of equals, the one nearest 1.
+    Other arguments as in `profile_heads` and `ZeroTuning`.
+    """
+    require(bool(gammas), "gammas", gammas, "at least one factor")
+    measure = _objective(model, list(inputs), None if labels is None else list(labels), objective, choices)
+    table = {float(gamma): measure(ZeroTuning(float(gamma), heads=heads, layers=layers)) for gamma in gammas}
+    best = max(table, key=lambda gamma: (table[gamma], -abs(gamma - 1.0)))
+    return best, table
+
+
+def _objective(
+    model: nn.Module, inputs: list[Inputs], labels: list[Tensor] | None, objective: str | None, choices: Tensor | None
+) -> Callable[[ZeroTuning | None], float]:
+    """A function of the method (None = none): mean over prompts, more is better."""
+    name = objective or ("entropy" if labels is None else "accuracy")
+    require_name("objective", name, ("accuracy", "entropy"))
+    require(bool(inputs), "inputs", "none", "at least one batch")
+    if name == "accuracy":
+        require(
+            labels is not None and len(labels) == len(inputs),
+            "labels",
+            labels and len(labels),
+            f"{len(inputs)} batches",
+        )
+
+    def measure(method: ZeroTuning | None) -> float:
+        total, count = 0.0, 0
+        with attach(model, *([] if method is None else [method])):
+            for number, batch in enumerate(inputs):
+                logits = _next_token_logits(model, batch)
+                if choices is not None:
+                    logits = logits[:, choices.to(logits.device)]
+                if name == "entropy":
+                    total -= float(torch.distributions.Categorical(logits=logits).entropy().sum())
+                else:
+                    picked = logits.argmax(-1)
+                    picked = picked if choices is None else choices.to(picked.device)[picked]
+                    total += float((picked == labels[number].to(picked.device)).sum())  # type: ignore[index]
+                count += len(logits)
+        return total / count
+
+    return measure
+
+
+def _next_token_logits(model: nn.Module, batch: Inputs) -> Tensor:
+    """Float32 logits (B, V) after the last real token of each prompt."""
+    logits = model(**batch, use_cache=False).logits
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return logits[:, -1].float()
+    last = mask.shape[1] - 1 - mask.flip(1).to(torch.uint8).argmax(1)
+    return logits[torch.arange(len(logits), device=logits.device), last.to(logits.device)].float()

@@ -1,0 +1,206 @@
+"""Blocked attention on the CPU, with backward, that computes only what mask and selection leave.
+
+The mask and the selection become a `BlockPlan`, the plan becomes pieces (some query rows with all their keys, `cpu_lower.py`), and each
+piece is two batched products with a softmax between them that stays in the cache (`cpu_engine.py`). Memory beyond the result is one
+piece's, plus a float32 copy of the keys for half types; nothing grows with N x M. Only q, k and v are kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..masks import Mask, everything
+from ..plan import make_plan
+from ..reference import accumulation_dtype
+from . import cpu_engine
+from .cpu_frame import Frame, Geometry, Options
+from .cpu_lower import lower
+from .cpu_pieces import Piece
+
+if TYPE_CHECKING:
+    from ..attention import AttentionRequest
+
+BLOCK = 64
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_TILES = 4096  # distinct mixed tiles kept; beyond, the mask is asked while the pieces run
+_SMALL = 1 << 20  # scores (B H N M) that are cheaper to compute than to plan around
+_DENSE_SHARE = 0.7  # of the blocks: above it the dense kernels win, as long as their mask is small enough to write down
+_KEPT = 8  # plans per mask
+
+
+class _Work(NamedTuple):
+    geometry: Geometry
+    pieces: list[Piece]
+    share: float
+    """Of all blocks, those that hold work."""
+
+
+_work_of: WeakKeyDictionary[Mask, dict[tuple, _Work]] = WeakKeyDictionary()
+
+
+def refuses(request: AttentionRequest) -> str | None:
+    if request.q.device.type != "cpu":
+        return f"it runs on the cpu, not on {request.q.device}"
+    if request.q.numel() == 0 or request.k.numel() == 0 or request.v.numel() == 0:
+        return "it is not defined on empty tensors"
+    if request.q.dtype not in _DTYPES:
+        return f"it takes float16, bfloat16, float32 or float64, not {request.q.dtype}"
+    if _reads_undeclared(request):
+        return "score_mod reads tensors that need a gradient and that it does not name (regard.scores.from_function names them)"
+    return None
+
+
+def suits(request: AttentionRequest) -> bool:
+    batch, num_heads, q_len, _ = request.q.shape
+    if batch * num_heads * q_len * request.k.shape[2] <= _SMALL:
+        return False
+    if request.score_mod is not None or request.return_lse or not _fits_a_matrix(request):
+        return True
+    return _work(request).share <= _DENSE_SHARE
+
+
+def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+    work = _work(request)
+    bias = request.bias
+    bias = None if bias is None else bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
+    options = Options(
+        scale=request.scale,
+        mask=request.mask,
+        score_mod=request.score_mod,
+        bias=None if bias is None else bias.detach(),
+        dropout=request.dropout,
+        seed=int(torch.randint(1 << 62, ())) if request.dropout > 0.0 else 0,
+    )
+    if not request.needs_grad:
+        with torch.no_grad(), _no_autocast():
+            frame = Frame(work.geometry, options, accumulation_dtype(request.q.dtype))
+            return cpu_engine.forward(frame, work.pieces, request.q, request.k, request.v, request.return_lse)
+    tensors = getattr(request.score_mod, "tensors", ())
+    return _Blocked.apply(request.q, request.k, request.v, bias, options, work, request.return_lse, *tensors)
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        options: Options,
+        work: _Work,
+        want_lse: bool,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(q, k, v, bias, *tensors)
+        ctx.options, ctx.work, ctx.count = options, work, len(tensors)
+        ctx.set_materialize_grads(False)
+        with _no_autocast():
+            frame = Frame(work.geometry, options, accumulation_dtype(q.dtype))
+            return cpu_engine.forward(frame, work.pieces, q, k, v, want_lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, _bias, *_tensors = ctx.saved_tensors  # unpacking also checks that nothing was changed in place
+        if grad_out is None:
+            grad_out = q.new_zeros((*q.shape[:3], v.shape[3]))
+        # the score mod reads its own tensors: gradients must be asked of those, not of copies
+        tensors = getattr(ctx.options.score_mod, "tensors", ()) if ctx.count else ()
+        with _no_autocast():
+            frame = Frame(ctx.work.geometry, ctx.options, accumulation_dtype(q.dtype))
+            wanted = ctx.needs_input_grad[:4]
+            grads = cpu_engine.backward(frame, ctx.work.pieces, q, k, v, grad_out, grad_lse, wanted, tensors)
+        return grads.q, grads.k, grads.v, grads.bias, None, None, None, *grads.tensors
+
+
+def _no_autocast() -> contextlib.AbstractContextManager:
+    """Products are in the type that this backend has chosen, also under autocast."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
+
+
+def _work(request: AttentionRequest) -> _Work:
+    """The pieces of a request: made once for it, and kept for masks that cannot change."""
+    if "cpu" not in request.memo:
+        request.memo["cpu"] = _kept_work(request)
+    return request.memo["cpu"]
+
+
+def _kept_work(request: AttentionRequest) -> _Work:
+    mask = everything if request.mask is None else request.mask
+    block_q, block_k = _block_sizes(request)
+    batch, num_heads, q_len, head_dim = request.q.shape
+    _, num_kv_heads, kv_len, value_dim = request.v.shape
+    geometry = Geometry(batch, num_heads, num_kv_heads, q_len, kv_len, request.q_offset, block_q, block_k)
+    if request.selection is not None or not mask.frozen:
+        return _make_work(request, mask, geometry, head_dim + value_dim)
+    kept = _work_of.setdefault(mask, {})
+    key = (geometry, head_dim + value_dim, request.q.dtype, torch.get_num_threads())
+    if key not in kept:
+        while len(kept) >= _KEPT:
+            kept.pop(next(iter(kept)), None)
+        kept[key] = _make_work(request, mask, geometry, head_dim + value_dim)
+    return kept[key]
+
+
+def _make_work(request: AttentionRequest, mask: Mask, geometry: Geometry, width: int) -> _Work:
+    plan = make_plan(
+        mask,
+        request.selection,
+        batch=geometry.batch,
+        num_heads=geometry.num_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        q_len=geometry.q_len,
+        kv_len=geometry.kv_len,
+        q_offset=geometry.q_offset,
+        block_q=geometry.block_q,
+        block_k=geometry.block_k,
+        device="cpu",
+        max_tiles=_MAX_TILES,
+    )
+    pieces = lower(plan, geometry, width, accumulation_dtype(request.q.dtype))
+    return _Work(geometry, pieces, plan.density())
+
+
+def _block_sizes(request: AttentionRequest) -> tuple[int, int]:
+    if request.selection is not None:
+        return request.selection.block_q, request.selection.block_k
+    block = BLOCK if request.k.shape[2] <= 1 << 15 else 2 * BLOCK
+    return min(block, request.q.shape[2]), min(block, request.k.shape[2])
+
+
+def _fits_a_matrix(request: AttentionRequest) -> bool:
+    from .sdpa import MATRIX_LIMIT, matrix_size
+
+    return matrix_size(request) <= MATRIX_LIMIT
+
+
+def _reads_undeclared(request: AttentionRequest) -> bool:
+    """Whether the score mod's result depends on tensors that need a gradient and are not among its `tensors`."""
+    if request.score_mod is None or not torch.is_grad_enabled():
+        return False
+    zero = torch.zeros((1, 1, 1, 1), dtype=torch.long)
+    score = torch.zeros((1, 1, 1, 1), dtype=accumulation_dtype(request.q.dtype))
+    result = request.score_mod(score, zero, zero, zero + request.q_offset, zero)
+    if not isinstance(result, Tensor) or not result.requires_grad:
+        return False
+    declared = [tensor for tensor in getattr(request.score_mod, "tensors", ()) if tensor.requires_grad]
+    known = {tensor.grad_fn for tensor in declared if tensor.grad_fn is not None}
+    leaves = {id(tensor) for tensor in declared}
+    pending, seen = [result.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in known or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in leaves:
+            return True
+        pending += [parent for parent, _ in node.next_functions]
+    return False

@@ -1,0 +1,191 @@
+"""Forward and backward of blocked CPU attention over a list of pieces. See `cpu_pieces.py` for what a piece is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cpu_frame import Frame, Keys, Rows
+from .cpu_pieces import Gather, Piece
+
+
+class Grads(NamedTuple):
+    """Gradients, None where not wanted. `tensors`: of what the score mod reads."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    bias: Tensor | None
+    tensors: list[Tensor | None]
+
+
+def forward(
+    frame: Frame, pieces: Sequence[Piece], q: Tensor, k: Tensor, v: Tensor, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(out (B, H, N, Dv) in q's type, lse (B, H, N) or None)."""
+    whole = any(isinstance(piece, Gather) for piece in pieces)
+    queries, keys, values = frame.rows(q), frame.keys(k), frame.keys(v)
+    out = frame.new_rows(v.shape[3], q.dtype, whole)
+    lse = frame.new_rows(1, frame.dtype, whole) if want_lse else None
+    if lse is not None:
+        lse.flat.fill_(-torch.inf)
+    noise = _Noise(frame)
+    for piece in pieces:
+        rows, their_keys = piece.rows(queries, frame, "q"), piece.keys(keys, frame, "k")
+        scores = _raw_scores(piece, rows, their_keys, frame)
+        scores = _modified(piece, scores, frame)
+        weights, piece_lse, _ = _weights(piece, scores, frame, want_lse)
+        dropped = noise.drop(weights)
+        n, g, r, _ = piece.shape
+        result = frame.scratch("out", n, g * r, v.shape[3])
+        piece.put(out, torch.bmm(dropped, piece.keys(values, frame, "v"), out=result))
+        if lse is not None and piece_lse is not None:
+            piece.put(lse, piece_lse)
+    return out.result(q.dtype), None if lse is None else lse.result(frame.dtype)[..., 0]
+
+
+def backward(
+    frame: Frame,
+    pieces: Sequence[Piece],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: tuple[bool, bool, bool, bool],
+    tensors: Sequence[Tensor],
+) -> Grads:
+    """Gradients of q, k, v, bias (as `wanted` says) and of the score mod's `tensors`, by computing the weights once more."""
+    whole = any(isinstance(piece, Gather) for piece in pieces)
+    queries, keys, values, upstream = frame.rows(q), frame.keys(k), frame.keys(v), frame.rows(grad_out)
+    upstream_lse = None if grad_lse is None else frame.rows(grad_lse[..., None].to(frame.dtype))
+    dq = frame.new_rows(q.shape[3], q.dtype, whole) if wanted[0] else None
+    dk = frame.new_keys(k.shape[3], whole) if wanted[1] else None
+    dv = frame.new_keys(v.shape[3], whole) if wanted[2] else None
+    bias, scale = frame.options.bias, frame.options.scale
+    dbias = torch.zeros(bias.shape, dtype=frame.dtype) if wanted[3] and bias is not None else None
+    dtensors: list[Tensor | None] = [None] * len(tensors)
+    noise = _Noise(frame)
+    for piece in pieces:
+        rows, their_keys = piece.rows(queries, frame, "q"), piece.keys(keys, frame, "k")
+        grad_rows, their_values = piece.rows(upstream, frame, "dout"), piece.keys(values, frame, "v")
+        raw = _raw_scores(piece, rows, their_keys, frame)
+        graph = _Graph(piece, raw, frame, tensors) if frame.options.score_mod is not None else None
+        scores = raw if graph is None else graph.modified.detach().clone()
+        weights, _, empty = _weights(piece, scores, frame, False)
+        factor = noise.draw(weights)
+        if dv is not None:
+            piece.add_product(dv, weights if factor is None else weights * factor, grad_rows, 1.0, frame)
+        n, g, r, w = piece.shape
+        dweights = torch.bmm(grad_rows, their_values.mT, out=frame.scratch("dweights", n, g * r, w))
+        if factor is not None:
+            dweights.mul_(factor)
+        dscores = torch.ops.aten._softmax_backward_data.out(dweights, weights, -1, frame.dtype, grad_input=dweights)
+        if upstream_lse is not None:
+            per_row = piece.rows(upstream_lse, frame, "dlse")
+            per_row = per_row if empty is None else per_row.masked_fill(empty, 0.0)
+            dscores.addcmul_(weights, per_row)
+        if dbias is not None:
+            piece.add_to(dbias, dscores.view(piece.shape), frame.geometry)
+        if graph is not None:
+            dscores = graph.backward(dscores, dtensors)
+        if dq is not None:
+            grad = frame.scratch("out", n, g * r, q.shape[3])
+            piece.put(dq, torch.baddbmm(grad, dscores, their_keys, beta=0, alpha=scale, out=grad))
+        if dk is not None:
+            piece.add_product(dk, dscores, rows, scale, frame)
+    return Grads(
+        None if dq is None else dq.result(q.dtype),
+        None if dk is None else dk.result(k.dtype),
+        None if dv is None else dv.result(v.dtype),
+        None if dbias is None or bias is None else dbias.to(bias.dtype),
+        dtensors,
+    )
+
+
+def _raw_scores(piece: Piece, rows: Tensor, keys: Tensor, frame: Frame) -> Tensor:
+    """scale * q k^T, (n, g * r, w), in scratch memory."""
+    n, g, r, w = piece.shape
+    scores = frame.scratch("scores", n, g * r, w)
+    return torch.baddbmm(scores, rows, keys.mT, beta=0, alpha=frame.options.scale, out=scores)
+
+
+def _modified(piece: Piece, scores: Tensor, frame: Frame) -> Tensor:
+    score_mod = frame.options.score_mod
+    if score_mod is None:
+        return scores
+    modified = score_mod(scores.view(piece.shape), *piece.positions(frame.geometry))
+    return modified.to(frame.dtype).expand(piece.shape).reshape(scores.shape)
+
+
+def _weights(
+    piece: Piece, scores: Tensor, frame: Frame, want_lse: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Softmax of scores (n, g * r, w) after bias and mask, in place; their log-sum-exp; which rows see nothing (None: no row)."""
+    by_head = scores.view(piece.shape)
+    bias = frame.options.bias
+    if bias is not None:
+        by_head.add_(piece.pick(bias, frame.geometry))
+    piece.forbid(by_head, frame)
+    doubtful = piece.may_be_empty or bias is not None or frame.options.score_mod is not None
+    top = scores.amax(-1, keepdim=True) if doubtful or want_lse else None
+    empty = None
+    if doubtful and top is not None:
+        empty = top == -torch.inf
+        if bool(empty.any()):
+            scores.masked_fill_(empty, 0.0)
+        else:
+            empty = None
+    weights = torch.softmax(scores, dim=-1, out=scores)
+    lse = None
+    if want_lse and top is not None:
+        # the largest weight is exp(top - lse)
+        lse = top - weights.amax(-1, keepdim=True).log()
+    if empty is not None:
+        weights.masked_fill_(empty, 0.0)
+        lse = None if lse is None else lse.masked_fill(empty, -torch.inf)
+    return weights, lse, empty
+
+
+class _Noise:
+    """Dropout, the same for forward and backward: pieces come in the same order, from the same seed."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.keep = 1.0 - frame.options.dropout
+        self.generator = torch.Generator().manual_seed(frame.options.seed) if self.keep < 1.0 else None
+
+    def draw(self, weights: Tensor) -> Tensor | None:
+        """Factors 0 or 1 / keep for the weights of the next piece; None without dropout."""
+        if self.generator is None:
+            return None
+        return torch.empty_like(weights).bernoulli_(self.keep, generator=self.generator).div_(self.keep)
+
+    def drop(self, weights: Tensor) -> Tensor:
+        factor = self.draw(weights)
+        return weights if factor is None else weights.mul_(factor)
+
+
+class _Graph:
+    """The score mod of one piece, recorded so that gradients flow back through it."""
+
+    def __init__(self, piece: Piece, raw: Tensor, frame: Frame, tensors: Sequence[Tensor]) -> None:
+        self.shape, self.tensors = raw.shape, tensors
+        with torch.enable_grad():
+            self.leaf = raw.clone().requires_grad_()
+            self.modified = _modified(piece, self.leaf, frame)
+
+    def backward(self, grad: Tensor, totals: list[Tensor | None]) -> Tensor:
+        """Gradient of the raw scores; those of the tensors are added to `totals`."""
+        if not self.modified.requires_grad:  # the mod ignores the score
+            return torch.zeros_like(grad)
+        wanted = [i for i, tensor in enumerate(self.tensors) if tensor.requires_grad]
+        inputs = [self.leaf, *(self.tensors[i] for i in wanted)]
+        first, *others = torch.autograd.grad(self.modified, inputs, grad, allow_unused=True)
+        for i, part in zip(wanted, others):
+            if part is not None:
+                have = totals[i]
+                totals[i] = part if have is None else have + part
+        return torch.zeros_like(grad) if first is None else first.reshape(self.shape)

@@ -1,0 +1,184 @@
+"""From a `BlockPlan` to pieces: which (head, query block) units become slices, which are gathered, and how many go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..plan import FULL, LAZY, BlockPlan
+from .cpu_frame import Geometry
+from .cpu_pieces import Gather, Piece, Slice, Span, TileStore
+
+MAX_RUNS = 4  # more runs of adjacent key blocks than this are gathered, unless they are long
+LONG_RUN = 8  # blocks
+SCORES = 1 << 19  # numbers: scores of one piece, so that they stay in the cache between the products
+GATHERED = 1 << 20  # numbers: keys and values of one gathered piece
+
+
+@dataclass
+class _Lists:
+    """A plan with its head axis at the grain that pieces use: kv heads (`per_group`) or query heads.
+
+    `row_of`: for each flat head, its (batch, head) place in `kv_blocks`.
+    """
+
+    kv_blocks: Tensor
+    tiles_of: Tensor
+    per_group: bool
+    row_of: list[tuple[int, int]]
+
+
+def lower(plan: BlockPlan, geometry: Geometry, width: int, dtype: torch.dtype) -> list[Piece]:
+    """Pieces that cover every row that sees something. `width`: head_dim of keys plus that of values, for sizing."""
+    if plan.kv_blocks.numel() == 0:
+        return []
+    lists = _grain(plan, geometry)
+    store = TileStore(plan.tiles, dtype)
+    pieces: list[Piece] = []
+    gathered: list[tuple[range, tuple[int, int], list[int]]] = []
+    for heads in _alike(lists):
+        place = lists.row_of[heads.start]
+        rest = []
+        for block, (kv, tile) in enumerate(zip(lists.kv_blocks[place].tolist(), lists.tiles_of[place].tolist())):
+            count = kv.index(-1) if -1 in kv else len(kv)
+            if count == 0:
+                continue
+            runs = _runs(kv[:count])
+            if _worth_slicing(heads, runs, count, lists.per_group, geometry):
+                pieces += _slices(heads, block, runs, tile[:count], store, geometry)
+            else:
+                rest.append(block)
+        if rest:
+            gathered.append((heads, place, rest))
+    if gathered:
+        pieces += _gathers(gathered, lists, store, geometry, width)
+    return pieces
+
+
+def _grain(plan: BlockPlan, geometry: Geometry) -> _Lists:
+    """Bring the plan to one row a kv head where the query heads of every group agree, else to one a query head."""
+    kv, tiles = plan.kv_blocks, plan.tiles_of
+    heads, group = kv.shape[1], geometry.group
+    per_group = True
+    if heads == geometry.num_heads and group > 1:
+        by_group = [x.unflatten(1, (-1, group)) for x in (kv, tiles)]
+        per_group = all(bool((x == x[:, :, :1]).all()) for x in by_group)
+        if per_group:
+            kv, tiles = (x[:, :, 0] for x in by_group)
+    flat = geometry.num_kv_heads if per_group else geometry.num_heads
+    row_of = [
+        (b if kv.shape[0] > 1 else 0, h if kv.shape[1] > 1 else 0) for b in range(geometry.batch) for h in range(flat)
+    ]
+    return _Lists(kv, tiles, per_group, row_of)
+
+
+def _alike(lists: _Lists) -> list[range]:
+    """Ranges of adjacent flat heads with the same lists."""
+
+    def equal(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        return a == b or all(bool((x[a] == x[b]).all()) for x in (lists.kv_blocks, lists.tiles_of))
+
+    starts = [i for i, place in enumerate(lists.row_of) if i == 0 or not equal(lists.row_of[i - 1], place)]
+    return [range(lo, hi) for lo, hi in zip(starts, [*starts[1:], len(lists.row_of)])]
+
+
+def _runs(kv: list[int]) -> list[tuple[int, int]]:
+    """[first, last) of each run of adjacent numbers in an ascending list."""
+    starts = [i for i, block in enumerate(kv) if i == 0 or block != kv[i - 1] + 1]
+    return [(kv[lo], kv[hi - 1] + 1) for lo, hi in zip(starts, [*starts[1:], len(kv)])]
+
+
+def _worth_slicing(heads: range, runs: list[tuple[int, int]], count: int, per_group: bool, geometry: Geometry) -> bool:
+    """Views are free, but one piece is then one query block of the heads that share it: too little work when it is one short list."""
+    if not per_group or (len(runs) > MAX_RUNS and count < LONG_RUN * len(runs)):
+        return False
+    scores = geometry.group * geometry.block_q * count * geometry.block_k
+    return len(heads) > 1 or 2 * scores > SCORES
+
+
+def _slices(
+    heads: range, block: int, runs: list[tuple[int, int]], tile: list[int], store: TileStore, geometry: Geometry
+) -> list[Piece]:
+    start, stop = block * geometry.block_q, min((block + 1) * geometry.block_q, geometry.q_len)
+    keys = [(lo * geometry.block_k, min(hi * geometry.block_k, geometry.kv_len)) for lo, hi in runs]
+    r, w = stop - start, sum(last - first for first, last in keys)
+    spans, slot = [], 0
+    while slot < len(tile):
+        end = slot + 1
+        if tile[slot] >= 0:
+            while end < len(tile) and tile[end] >= 0:
+                end += 1
+            first, last = slot * geometry.block_k, min(end * geometry.block_k, w)
+            spans.append(Span(first, last, tuple(tile[slot:end]), r, store))
+        slot = end
+    step = _together(len(heads), SCORES // max(1, geometry.group * r * w))
+    return [
+        Slice(
+            lo=lo,
+            hi=min(lo + step, heads.stop),
+            start=start,
+            stop=stop,
+            runs=keys,
+            spans=spans,
+            ask_mask=LAZY in tile,
+            may_be_empty=FULL not in tile,
+            shape=(min(lo + step, heads.stop) - lo, geometry.group, r, w),
+        )
+        for lo in range(heads.start, heads.stop, step)
+    ]
+
+
+def _together(available: int, fitting: int) -> int:
+    """How many to take at a time: what fits, at least one a thread, in equal shares."""
+    threads = torch.get_num_threads()
+    most = max(threads, fitting // threads * threads)
+    return -(-available // -(-available // most))
+
+
+def _gathers(
+    gathered: list[tuple[range, tuple[int, int], list[int]]],
+    lists: _Lists,
+    store: TileStore,
+    geometry: Geometry,
+    width: int,
+) -> list[Piece]:
+    """Units with equally long lists go together, whatever head they are of."""
+    _, plan_heads, q_blocks, longest = lists.kv_blocks.shape
+    heads, rows, blocks = [], [], []
+    for alike, (b, h), these in gathered:
+        units = torch.tensor(these)
+        for head in alike:
+            heads.append(torch.full_like(units, head))
+            rows.append((b * plan_heads + h) * q_blocks + units)
+            blocks.append(units)
+    head, row, block = torch.cat(heads), torch.cat(rows), torch.cat(blocks)
+    kv, tiles_of = lists.kv_blocks.reshape(-1, longest), lists.tiles_of.reshape(-1, longest)
+    counts = (kv >= 0).sum(-1)[row]
+    short = geometry.k_blocks * geometry.block_k - geometry.kv_len
+    ragged = (kv[row, counts - 1] == geometry.k_blocks - 1).long() if short else torch.zeros_like(row)
+    kinds, sizes = torch.unique(counts * 2 + ragged, return_counts=True)
+    order = torch.argsort(counts * 2 + ragged, stable=True)
+    pieces: list[Piece] = []
+    group = geometry.group if lists.per_group else 1
+    for kind, units in zip(kinds.tolist(), order.split(sizes.tolist())):
+        count = kind // 2
+        r, w = group * geometry.block_q, count * geometry.block_k
+        step = _together(len(units), min(SCORES // (r * w), GATHERED // (w * width)))
+        for part in units.split(step):
+            pieces.append(
+                Gather.of_units(
+                    head[part],
+                    block[part],
+                    kv,
+                    tiles_of,
+                    row[part],
+                    count=count,
+                    beyond=short if kind % 2 else 0,
+                    per_group=lists.per_group,
+                    store=store,
+                    geometry=geometry,
+                )
+            )
+    return pieces

@@ -1,0 +1,51 @@
+"""Masked heads, retrieval scores and needle spans of Retrieval_Head."""
+
+import torch
+from torch.nn import functional as F
+
+from regard.methods import AttentionCall
+from regard.methods.edits import MaskHeads
+
+
+def rotate(x, position, theta=10000.0):
+    """Rotary embedding in the half-split layout; x (B, H, N, D), position (N,)."""
+    half = x.shape[-1] // 2
+    angle = position[:, None] * theta ** (-torch.arange(half) / half)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1)
+
+
+class Past:
+    """As much of a cache layer as a call asks for."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def get_seq_length(self):
+        return self.length
+
+
+def masked_step(case):
+    """One decode step of one layer, with and without its heads masked."""
+    kwargs = case.meta["official_kwargs"]
+    dim = kwargs["hidden_size"] // kwargs["num_attention_heads"]
+    x = case.inputs["hidden_states"]
+    q, k, v = (F.linear(x, case.params[f"{n}_proj.weight"]).unflatten(-1, (-1, dim)).transpose(1, 2) for n in "qkv")
+    position = case.inputs["position_ids"][0]
+    k = torch.cat([case.inputs["past_key"], rotate(k, position)], 2)
+    v = torch.cat([case.inputs["past_value"], v], 2)
+    out = {}
+    for name, methods in (("plain", []), ("masked", [MaskHeads(case.args["block_list"])])):
+        call = AttentionCall(
+            module=None,
+            layer=kwargs["layer_idx"],
+            q=rotate(q, position),
+            k=k,
+            v=v,
+            cache=Past(k.shape[2]),
+            num_layers=kwargs["num_hidden_layers"],
+        )
+        heads = call.run(methods)
+        out[f"{name}.output"] = F.linear(heads.transpose(1, 2).flatten(2), case.params["o_proj.weight"])
+        out[f"{name}.weights"] = call.weights()
+    return out
