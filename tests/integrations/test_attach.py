@@ -427,7 +427,7 @@ def test_learned_sinks_and_position_biases(name, given):
     torch.manual_seed(0)
     if name == "gpt_oss":
         model = hf.GptOssForCausalLM(
-            hf.GptOssConfig(**GQA, head_dim=8, num_local_experts=2, sliding_window=8),
+            hf.GptOssConfig(**GQA, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
         )
         for layer in model.model.layers:
             nn.init.normal_(layer.self_attn.sinks)

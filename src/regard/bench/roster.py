@@ -7,18 +7,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from .. import methods
 from .._checks import bad_value, require_name, resolve_budget
-from ..methods import (
-    DHSA,
-    Dense,
-    DuoAttention,
-    HiP,
-    Method,
-    S2Attention,
-    SlidingWindow,
-    StreamingLLM,
-    ZeroTuning,
-)
+from ..methods import Method
 
 SINK = 4
 
@@ -47,17 +38,17 @@ def _s2(budget: int | float, context: int) -> dict[str, Any]:
 
 _NO_BUDGET: Callable[[int | float, int], dict[str, Any]] = lambda budget, context: {}  # noqa: E731
 
-ROSTER: dict[str, tuple[type[Method], Callable[[int | float, int], dict[str, Any]], str]] = {
-    "dense": (Dense, _NO_BUDGET, "the model as it is"),
-    "sliding-window": (SlidingWindow, _window, "sinks and recent tokens as a mask; the cache keeps all"),
-    "streaming-llm": (StreamingLLM, _window, "sinks and recent tokens, the rest is evicted"),
-    "duo-attention": (DuoAttention, _duo, "retrieval heads keep all, streaming heads sinks and recent tokens"),
-    "s2-attention": (S2Attention, _s2, "each head its own strided columns and a local band"),
-    "hip": (HiP, _budget, "keys found by a tree search, per query block"),
-    "dhsa": (DHSA, _budget, "keys by chunk scores, per query block, in prefill"),
-    "zero-tuning": (ZeroTuning, _NO_BUDGET, "rescales the attention to the first token"),
+ROSTER: dict[str, tuple[str, Callable[[int | float, int], dict[str, Any]], str]] = {
+    "dense": ("Dense", _NO_BUDGET, "the model as it is"),
+    "sliding-window": ("SlidingWindow", _window, "sinks and recent tokens as a mask; the cache keeps all"),
+    "streaming-llm": ("StreamingLLM", _window, "sinks and recent tokens, the rest is evicted"),
+    "duo-attention": ("DuoAttention", _duo, "retrieval heads keep all, streaming heads sinks and recent tokens"),
+    "s2-attention": ("S2Attention", _s2, "each head its own strided columns and a local band"),
+    "hip": ("HiP", _budget, "keys found by a tree search, per query block"),
+    "dhsa": ("DHSA", _budget, "keys by chunk scores, per query block, in prefill"),
+    "zero-tuning": ("ZeroTuning", _NO_BUDGET, "rescales the attention to the first token"),
 }
-"""Name -> (class, fields that a common budget sets, what it is)."""
+"""Name -> (class in `regard.methods`, fields that a common budget sets, what it is)."""
 
 DEFAULT_METHODS = (
     "dense",
@@ -77,7 +68,7 @@ def _plain(name: str) -> str:
 
 def canonical(name: str) -> str:
     """The roster's spelling of a method name; class names and other hyphenation are understood. Unknown: a `ValueError` with near names."""
-    known = {_plain(key): key for key in ROSTER} | {_plain(kind.__name__): key for key, (kind, _, _) in ROSTER.items()}
+    known = {_plain(key): key for key in ROSTER} | {_plain(kind): key for key, (kind, _, _) in ROSTER.items()}
     return known.get(_plain(name)) or require_name("methods", name.strip(), list(ROSTER))
 
 
@@ -101,7 +92,8 @@ def parse_method(text: str, *, budget: int | float, context: int) -> tuple[str, 
     """`"duo-attention(budget=0.25)"` -> its label and the method. Fields not given follow `budget`, else the paper's defaults."""
     name, _, rest = text.partition("(")
     key = canonical(name)
-    kind, from_budget, _ = ROSTER[key]
+    kind = getattr(methods, ROSTER[key][0])
+    from_budget = ROSTER[key][1]
     given: dict[str, Any] = {}
     if rest:
         try:

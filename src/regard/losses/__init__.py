@@ -3,6 +3,8 @@
 from .._lazy import lazy_exports
 
 _TABLE = {
+    "focal_bce": ".focal_bce",
+    "soft_label_transform": ".focal_bce",
     "duo_distillation_loss": ".duo_gates",
     "duo_gate_penalty": ".duo_gates",
     "duo_lr_factor": ".duo_gates",

@@ -7,6 +7,7 @@ from .._lazy import lazy_exports
 
 _TABLE = {
     # sequence
+    "BoundaryPredictor": ".sequence.boundary_predictor",
     "HeadRouter": ".sequence.head_routing",
     "MixtureOfHeadAttention": ".sequence.mixture_of_heads",
     "LightningAttention": ".sequence.lightning_attention",

@@ -26,8 +26,16 @@ def papers(
     status: Annotated[str | None, typer.Option(help="planned, works, verified or measured.")] = None,
     search: Annotated[str, typer.Option(help="Words that must all occur in the row.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list, or one object for one paper.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the whole catalog as docs/papers.md has it.")
+    ] = False,
 ) -> None:
     """List the 196 papers, or show one in full: what it does, how to use it, what was verified and measured."""
+    if markdown:
+        from .markdown import page
+
+        print(page(load_catalog()), end="")
+        return
     text = " ".join(query or [])
     filtered = any((family, seam, kind, status, search))
     if text and not filtered:

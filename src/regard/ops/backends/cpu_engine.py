@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cpu_frame import Frame, Keys, Rows
+from .cpu_frame import Frame
 from .cpu_pieces import Gather, Piece
 
 

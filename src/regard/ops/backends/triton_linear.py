@@ -53,8 +53,7 @@ def _inside(rate, rows, HAS_DECAY: tl.constexpr, TRANSPOSED: tl.constexpr):
     if HAS_DECAY:
         weight = tl.exp(rate * tl.maximum(distance, 0).to(tl.float32))
         return tl.where(distance >= 0, weight, 0.0)
-    else:
-        return tl.where(distance >= 0, 1.0, 0.0)
+    return tl.where(distance >= 0, 1.0, 0.0)
 
 
 @triton.jit
@@ -194,6 +193,10 @@ def _grad_v(
     _keep(dv_ptr + row * N * DV, out, t0, tokens, v0, dv, N, DV)
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 class _Launch:
     """Sizes, dtypes and segments of one call."""
 
@@ -212,6 +215,8 @@ class _Launch:
             torch.bfloat16: (tl.bfloat16, tl.bfloat16, "ieee", torch.bfloat16),
             torch.float16: (tl.float16, tl.float32, "tf32", torch.float32),
         }[q.dtype]
+        if _interpreted() and q.dtype == torch.bfloat16:  # the interpreter multiplies bfloat16 as integers
+            self.dot = self.mix = tl.float32
         chunks = triton.cdiv(self.length, self.chunk)
         step = segment or max(8, min(128, 4096 // max(1, self.rows)))
         self.segments = [(first, min(step, chunks - first)) for first in range(0, chunks, step)]
@@ -228,7 +233,9 @@ class _Launch:
         width, block = (self.value_dim, self.block_v) if values else (self.dim, self.block_d)
         return self.rows * count, triton.cdiv(width, block)
 
-    def states(self, x: Tensor, y: Tensor, start: Tensor, first: int, count: int, backwards: bool) -> tuple[Tensor, Tensor]:
+    def states(
+        self, x: Tensor, y: Tensor, start: Tensor, first: int, count: int, backwards: bool
+    ) -> tuple[Tensor, Tensor]:
         """States before each chunk of the segment (after it, when backwards) and the one that the next segment starts from."""
         before = torch.empty(self.rows, count, self.dim, self.value_dim, dtype=self.state_dtype, device=x.device)
         end = torch.empty_like(start)
@@ -258,7 +265,18 @@ class _ChunkTriton(torch.autograd.Function):
             starts.append(running)
             before, running = launch.states(k, v, running, first, count, backwards=False)
             _outputs[launch.grid(count, values=True)](
-                q, k, v, decay, before, out, launch.heads, launch.group, *launch.sizes, first, count, **launch.constants()
+                q,
+                k,
+                v,
+                decay,
+                before,
+                out,
+                launch.heads,
+                launch.group,
+                *launch.sizes,
+                first,
+                count,
+                **launch.constants(),
             )
         ctx.save_for_backward(q, k, v, log_decay, *starts)
         ctx.options = (chunk, segment, state is not None)
@@ -292,7 +310,7 @@ class _ChunkTriton(torch.autograd.Function):
 
 def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot run on these inputs, or None."""
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+    if not q.is_cuda and not _interpreted():
         return "triton needs a CUDA GPU (or TRITON_INTERPRET=1 to run its interpreter on the CPU)"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its kernels take float32, float16 or bfloat16, not {q.dtype}"

@@ -165,7 +165,8 @@ def _released_list(by_key: Tensor, low: int, end: int, tokens: int, local: int, 
     """Keys of one query block, (B, tokens). by_key (B, M): scores; allowed keys are low .. end - 1."""
     batch, length = by_key.shape
     recent = min(local, tokens, end - low)
-    chosen = by_key.new_full((batch, tokens), length - 1, dtype=torch.long)
+    nothing = length - 1 if end > low else 0
+    chosen = by_key.new_full((batch, tokens), nothing, dtype=torch.long)
     chosen[:, tokens - recent :] = torch.arange(end - recent, end, device=by_key.device)
     by_score = min(tokens - recent, end - low - recent)
     if by_score:

@@ -3,6 +3,7 @@
 from ..._lazy import lazy_exports
 
 _TABLE = {
+    "lightning_attention": ".lightning",
     "linear_attention": ".linear",
     "linear_attention_backend": ".linear",
     "linear_attention_decode": ".linear",

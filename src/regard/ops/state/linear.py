@@ -8,6 +8,7 @@ per channel, a normaliser, any width; its width check (`16 % dim`) rejects width
 
 from __future__ import annotations
 
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor
 from ..._checks import bad_type, bad_value, require, require_int, require_name, require_tensor
 from .chunk import chunk_fixed, chunk_learned, default_chunk_size
 from .feature_maps import FeatureMap, resolve
+from .linear_state import LinearState
 from .parallel import everything, parallel_causal
 from .recurrent import recurrent
 from .reference import linear_attention_reference
 from .tensors import accumulate_dtype, expand_heads, no_autocast
-from .linear_state import LinearState
 
 FORMS = ("auto", "parallel", "chunk", "recurrent")
 BACKENDS = ("auto", "eager", "torch", "triton")
@@ -98,26 +99,29 @@ def linear_attention(
         return defined if return_state else defined[0]
 
     dtype, acc = v.dtype, accumulate_dtype(v.dtype)
+    padding = None
+    if lengths is not None:
+        padding = torch.arange(k.shape[2], device=k.device) >= lengths.to(k.device)[:, None]  # (B, M)
+        # wiped in the inputs, so that not even a NaN in it can reach a result or, through the feature map, a gradient
+        gone = padding[:, None, :, None]
+        k, v = k.masked_fill(gone, 0), v.masked_fill(gone, 0)
+        q = q.masked_fill(gone, 0) if causal else q
     fq, fk = _features(q, k, feature_map)
+    if padding is not None and causal:
+        fq = fq.masked_fill(gone, 0)  # a feature map need not keep zero
     if scale is not None:
         fq = fq * scale
     if log_decay is not None and log_decay.dim() == 4:
         need = f"one decay per channel of the feature map ({fq.shape[-1]}), or 1"
         require(log_decay.shape[-1] in (1, fq.shape[-1]), "log_decay", f"shape {tuple(log_decay.shape)}", need)
     _check_state(state, q.shape[0], q.shape[1], fq.shape[-1], v.shape[-1], normalize)
-    padding = None
-    if lengths is not None:
-        padding = torch.arange(k.shape[2], device=k.device) >= lengths.to(k.device)[:, None]  # (B, M)
-        # padding is wiped in the inputs, so that not even a NaN in it can reach a result or a gradient
-        fk, v = fk.masked_fill(padding[:, None, :, None], 0), v.masked_fill(padding[:, None, :, None], 0)
-        if causal:
-            fq = fq.masked_fill(padding[:, None, :, None], 0)
     if normalize:  # the denominator is one more value column, 1 for every token
         ones = v.new_ones(*v.shape[:-1], 1) if padding is None else (~padding).to(v.dtype)[:, None, :, None]
         v = torch.cat([v, ones.expand(*v.shape[:-1], 1)], dim=-1)
     before = None if state is None else state.kv
     if state is not None and state.normaliser is not None:
         before = torch.cat([state.kv, state.normaliser[..., None]], dim=-1)
+    before = None if before is None else before.to(acc)
 
     with no_autocast(q.device):
         out_dtype = acc if normalize else dtype
@@ -179,8 +183,11 @@ def linear_attention_backend(
     if backend == "triton" and not fits:
         got = f"form={asked!r}, causal={causal}, log_decay {'learned or per token' if learned else 'fixed'}, {q.dtype}"
         raise bad_value("backend", f"'triton' with {got}", "the causal chunk form, no or a fixed decay, not float64")
+    if backend == "triton":
+        refused = _triton_refuses(q, k, v)
+        require(refused is None, "backend", "triton", f"another one: {refused}")
     if backend == "auto":
-        backend = "triton" if fits and q.is_cuda and _has_triton() else "torch"
+        backend = "triton" if fits and q.is_cuda and _triton_refuses(q, k, v) is None else "torch"
     if chunk_size is None:
         per_channel = log_decay is not None and log_decay.dim() == 4
         chunk_size = 64 if backend == "triton" else default_chunk_size(q.shape[0] * q.shape[1], per_channel)
@@ -202,14 +209,12 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """One form on prepared inputs: features applied, padding wiped, the normaliser a column of v and of the state."""
     batch, heads, length, dim = q.shape
-    if not causal:
+    if not causal or length == 0:  # without tokens the state is what it was, copied
         return everything(q, k, v, state, dtype)
-    if length == 0:
-        out = q.new_zeros(batch, heads, 0, v.shape[-1], dtype=dtype)
-        end = q.new_zeros(batch, heads, dim, v.shape[-1], dtype=accumulate_dtype(q.dtype))
-        return out, end if state is None else end + state
     fixed = log_decay is None or (log_decay.dim() == 1 and not log_decay.requires_grad)
     if choice.form == "chunk" and fixed:
+        if log_decay is not None:
+            log_decay = log_decay.detach().clamp(min=-1e5)  # exp(-1e5) is 0 too, and -inf * 0 would be NaN
         if choice.backend == "triton":
             from ..backends.triton_linear import chunk_triton
 
@@ -235,12 +240,12 @@ def _run(
 
 
 def _state_at(k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, lengths: Tensor) -> Tensor:
-    """The state after `lengths` tokens under a fixed decay per head; keys and values of padding are already zero."""
+    """The state after `lengths` tokens under a fixed decay per head; values of padding are already zero."""
     acc = accumulate_dtype(k.dtype)
     groups = log_decay.shape[0] // k.shape[1]
     lengths = lengths.to(k.device)
     age = (lengths[:, None] - 1 - torch.arange(k.shape[2], device=k.device)).clamp(min=0)
-    rate = log_decay.to(acc).clamp(min=-1e5)[None, :, None]  # -inf * 0 would be NaN
+    rate = log_decay.to(acc)[None, :, None]
     left = expand_heads(k.to(acc), groups) * (rate * age[:, None]).exp()[..., None]
     total = left.transpose(-1, -2) @ expand_heads(v.to(acc), groups)
     return total if state is None else total + (rate * lengths[:, None, None]).exp()[..., None] * state
@@ -318,9 +323,9 @@ def _check_state(
     require((state.normaliser is not None) == normalize, "state.normaliser", got, f"to go with normalize={normalize}")
 
 
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def _triton_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from ..backends.triton_linear import refuses
+
+    return refuses(q, k, v)
