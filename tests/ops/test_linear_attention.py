@@ -434,6 +434,7 @@ BAD = {
     "feature type": (bad(feature_map=3), TypeError, "feature_map: "),
     "feature shape": (bad(feature_map=lambda x: x.sum(2)), ValueError, "feature_map"),
     "feature widths": (bad(feature_map=("relu", "symmetric_softmax")), ValueError, "feature_map: .*width"),
+    "scale": (bad(scale="large"), TypeError, "scale: "),
     "flag": (bad(normalize=1), TypeError, "normalize: "),
 }  # fmt: skip
 

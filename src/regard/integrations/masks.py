@@ -24,6 +24,8 @@ def attention_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: A
     mask = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
     if mask is not None and attention_mask is not None:
         mask.padding = attention_mask  # type: ignore[attr-defined]
+    elif mask is not None:  # no padding at all, which the mask of a sliding window alone could not tell
+        mask.start = torch.zeros(1, dtype=torch.long, device=mask.device)  # type: ignore[attr-defined]
     return mask
 
 

@@ -75,10 +75,12 @@ def _ends(keys: slice | tuple[int, int | None]) -> tuple[int, int | None]:
     return keys
 
 
-def _checked_factor(factor: float | Tensor, heads: int, device: torch.device | str | None) -> Tensor:
-    factor = torch.as_tensor(factor, device=device)
-    if not factor.is_floating_point():
-        factor = factor.to(torch.float32)
+def _checked_factor(
+    factor: float | Tensor, heads: int, dtype: torch.dtype, device: torch.device | str | None
+) -> Tensor:
+    """`factor` as a tensor that broadcasts to (B, heads, 1, M); a tensor keeps its own floating type, a number takes `dtype`."""
+    floating = isinstance(factor, Tensor) and factor.is_floating_point()
+    factor = torch.as_tensor(factor, dtype=None if floating else dtype, device=device)
     if not bool((factor >= 0).all()) or bool(factor.isinf().any()):
         raise bad_value("factor", factor.tolist(), "finite factors >= 0")
     if factor.dim() == 1:
@@ -120,7 +122,7 @@ def log_factor_bias(
     chosen = _heads(heads, num_heads)
     where = key_mask(keys, kv_len, start=start, device=device)
     where = where.reshape(-1, 1, 1, kv_len)
-    log_factor = _checked_factor(factor, len(chosen), where.device).log()
+    log_factor = _checked_factor(factor, len(chosen), torch.float32, where.device).log()
     alike = len(chosen) == num_heads and (log_factor.dim() == 0 or log_factor.shape[1] == 1)
     bias = torch.where(where, log_factor, torch.zeros((), dtype=log_factor.dtype, device=where.device))
     if alike:
@@ -152,7 +154,7 @@ def scale_weights(
     chosen = _heads(heads, weights.shape[1])
     where = key_mask(keys, weights.shape[-1], start=start, device=weights.device).reshape(-1, 1, 1, weights.shape[-1])
     dtype = torch.float32 if weights.dtype in (torch.float16, torch.bfloat16) else weights.dtype
-    factor = _checked_factor(factor, len(chosen), weights.device).to(dtype)
+    factor = _checked_factor(factor, len(chosen), dtype, weights.device).to(dtype)
     part = weights[:, chosen].to(dtype)
     part = torch.where(where.to(weights.device), part * factor, part)
     total = part.sum(-1, keepdim=True)

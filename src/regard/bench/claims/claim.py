@@ -81,14 +81,18 @@ class Outcome:
     checks: list[Check] = field(default_factory=list)
     note: str = ""
 
-    def add(self, label: str, figure: str, unit: str, values: Sequence[float] | float, against: str | None = None) -> Row:
+    def add(
+        self, label: str, figure: str, unit: str, values: Sequence[float] | float, against: str | None = None
+    ) -> Row:
         """Add a row; with `against`, its ratios to the row of that label with the same figure, which must be there."""
         listed = [float(value) for value in ([values] if isinstance(values, (int, float)) else values)]
         require(bool(listed), "values", values, "at least one number")
         row = Row(label, figure, unit, listed, against)
         if against is not None:
             base = self.row(against, figure).values
-            require(len(base) == len(listed), "values", f"{len(listed)} values", f"{len(base)} like those of {against!r}")
+            require(
+                len(base) == len(listed), "values", f"{len(listed)} values", f"{len(base)} like those of {against!r}"
+            )
             row.ratios = [value / other for value, other in zip(listed, base)] if all(base) else None
         self.rows.append(row)
         return row
@@ -198,7 +202,9 @@ def run(claim: Claim, scale: Scale, command: str) -> dict[str, Any]:
 
 def save(record: dict[str, Any], claim: Claim, folder: Path) -> Path:
     """Write the record to `folder`, whole or not at all."""
-    return write_whole(folder / claim.file_name(record["quick"]), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return write_whole(
+        folder / claim.file_name(record["quick"]), json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    )
 
 
 def measured_line(record: dict[str, Any]) -> str:

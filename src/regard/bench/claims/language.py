@@ -26,7 +26,7 @@ def token_log_probs(model: Any, ids: Sequence[int], last: int) -> Tensor:
 @torch.no_grad()
 def next_log_probs(model: Any, ids: Sequence[int], last: int = 1) -> Tensor:
     """Log-probabilities of the next token at the `last` positions, (last, V) float32 on the CPU."""
-    out = model(torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=last)
+    out = model(torch.tensor([list(ids)], device=model.device), use_cache=True, logits_to_keep=last)
     return out.logits[0].float().log_softmax(-1).cpu()
 
 

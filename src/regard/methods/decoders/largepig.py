@@ -104,6 +104,7 @@ class LargePiG(Method):
         num_layers = len(early_exit.decoder_layers(model))
         early_exit.candidate_layers(num_layers, self.candidates)
         early_exit.candidate_layers(num_layers, [self.mature])
+        self.wanted_layers(num_layers)
 
     # Over many positions at once (scoring)
 

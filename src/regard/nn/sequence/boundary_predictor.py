@@ -82,11 +82,13 @@ class BoundaryPredictor(nn.Module):
         width = k.shape[1] * k.shape[3]
         require(width == self.channels, "k", f"{k.shape[1]} heads x {k.shape[3]}", f"channels = {self.channels} in all")
         tokens = k.transpose(1, 2).flatten(2).to(self.norm.weight.dtype)
+        if tokens.shape[1] == 0:
+            return tokens.new_zeros(tokens.shape[:2])
         padded = F.pad(tokens, (0, 0, self.window - 1, self.window))
         # a token is projected once, not once for every window it is in
         windows = self.qkv(padded).unfold(1, 2 * self.window, 1)  # (B, N, 3 C, 2 w)
         parts = [self._logits(part) for part in windows.split(_GAPS_AT_A_TIME, dim=1)]
-        return torch.cat(parts, dim=1) if parts else tokens.new_zeros(k.shape[0], 0)
+        return torch.cat(parts, dim=1)
 
     def _logits(self, windows: Tensor) -> Tensor:
         batch, gaps, _, size = windows.shape

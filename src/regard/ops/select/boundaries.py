@@ -48,7 +48,7 @@ def attention_mass_ratio(weights: Tensor, window: int = 4, *, sliding: int | Non
         "a square matrix: the whole sequence attending to itself",
     )
     ratio = weights.new_zeros((batch, length), dtype=torch.float64)
-    gap = torch.arange(2 * window - 1, length - 2 * window, device=weights.device)
+    gap = torch.arange(2 * window - 1, max(2 * window - 1, length - 2 * window), device=weights.device)
     if gap.numel() == 0:
         return ratio
     below = torch.nn.functional.pad(weights.double().cumsum(1), (0, 0, 1, 0))  # sums over rows before r
@@ -59,11 +59,10 @@ def attention_mass_ratio(weights: Tensor, window: int = 4, *, sliding: int | Non
         else (gap + window + require_int("sliding", sliding, 1)).clamp(max=length)
     )
 
-    def mass(shift: int) -> Tensor:
-        return below[:, last, gap + shift] - below[:, first, gap + shift]
+    def mass(shifts: range) -> Tensor:
+        return torch.stack([below[:, last, gap + s] - below[:, first, gap + s] for s in shifts]).sum(0)
 
-    past = sum(mass(shift) for shift in range(1 - window, 1))
-    future = sum(mass(shift) for shift in range(1, window + 1))
+    past, future = mass(range(1 - window, 1)), mass(range(1, window + 1))
     ratio[:, gap] = (torch.maximum(past, future) + _EPSILON) / (torch.minimum(past, future) + _EPSILON)
     return ratio
 

@@ -55,7 +55,8 @@ def hierarchical_topk(
             scores every key; as released, a negative best score reads as 0). "best" needs group = 1 and variant "released".
         q_offset: position of query row 0, default M - N. Keys from `q_offset + N` on do not exist (an unfilled static cache).
         variant: "released" (v1.1 of the authors' code) or "paper" (v1.0: groups are cells of a normalised axis whose resolution
-            doubles, only half of the budget is kept at coarse resolutions, and every second row from row 0 is scored).
+            doubles, only half of the budget is kept at coarse resolutions, and every second row from row 0 is scored; rounding
+            can then leave fewer keys than the budget).
 
     Returns:
         `Selection` (B, H, ceil(N / block_q), <= m), query blocks of `block_q`, key blocks of `block_k * group`. The window is

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..._checks import bad_type, bad_value, require, require_int, require_name, require_tensor
 from .chunk import chunk_fixed, chunk_learned, default_chunk_size
-from .feature_maps import FeatureMap, resolve
+from .feature_maps import FeatureMap, identity, resolve
 from .linear_state import LinearState
 from .parallel import everything, parallel_causal
 from .recurrent import recurrent
@@ -87,6 +87,9 @@ def linear_attention(
     for name, value in (("normalize", normalize), ("causal", causal), ("return_state", return_state)):
         if not isinstance(value, bool):
             raise bad_type(name, value, "True or False")
+    for name, number in (("scale", scale), ("eps", eps)):
+        if isinstance(number, bool) or not isinstance(number, (int, float, type(None))):
+            raise bad_type(name, number, "a number")
     choice = linear_attention_backend(
         q, k, v, log_decay=log_decay, causal=causal, form=form, chunk_size=chunk_size, backend=backend
     )
@@ -109,8 +112,6 @@ def linear_attention(
     fq, fk = _features(q, k, feature_map)
     if padding is not None and causal:
         fq = fq.masked_fill(gone, 0)  # a feature map need not keep zero
-    if scale is not None:
-        fq = fq * scale
     if log_decay is not None and log_decay.dim() == 4:
         need = f"one decay per channel of the feature map ({fq.shape[-1]}), or 1"
         require(log_decay.shape[-1] in (1, fq.shape[-1]), "log_decay", f"shape {tuple(log_decay.shape)}", need)
@@ -124,10 +125,13 @@ def linear_attention(
     before = None if before is None else before.to(acc)
 
     with no_autocast(q.device):
-        out_dtype = acc if normalize else dtype
+        out_dtype = acc if normalize or scale is not None else dtype
         out, end = _run(choice, fq, fk, v, log_decay, before, padding, lengths, causal, return_state, out_dtype)
+        if scale is not None:
+            out = out * scale
         if normalize:
-            out = (out[..., :-1] / (out[..., -1:] + eps)).to(dtype)
+            out = out[..., :-1] / (out[..., -1:] + eps)
+        out = out.to(dtype)
     if not return_state:
         return out
     return out, LinearState(end[..., :-1].contiguous(), end[..., -1].contiguous()) if normalize else LinearState(end)
@@ -253,7 +257,8 @@ def _state_at(k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, len
 
 def _features(q: Tensor, k: Tensor, feature_map: FeatureMapArgument) -> tuple[Tensor, Tensor]:
     map_q, map_k = resolve(feature_map)
-    fq, fk = map_q(q), map_k(k)
+    wide = accumulate_dtype(q.dtype)  # elu(x) + 1 in a half type would lose most digits of a small feature
+    fq, fk = (x if fn is identity else fn(x.to(wide)) for fn, x in ((map_q, q), (map_k, k)))
     for name, x, made in (("q", q, fq), ("k", k, fk)):
         require_tensor(f"feature_map({name})", made, dims=4, floating=True)
         need = f"shape {(*x.shape[:3], 'F')}"

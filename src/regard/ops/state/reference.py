@@ -36,7 +36,7 @@ def linear_attention_reference(
     acc = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
     map_q, map_k = resolve(feature_map)
     groups = q.shape[1] // k.shape[1]
-    fq, fk = map_q(q).to(acc), map_k(k).to(acc).repeat_interleave(groups, dim=1)
+    fq, fk = map_q(q.to(acc)), map_k(k.to(acc)).repeat_interleave(groups, dim=1)
     fq = fq * (1.0 if scale is None else scale)
     values = v.to(acc).repeat_interleave(groups, dim=1)
     if normalize:

@@ -1,0 +1,103 @@
+"""042 S2-Attention: time follows density, heads cover everything together, and different columns per head beat equal ones."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from ...integrations.transformers import attach
+from ...methods.sparse.s2_attention import S2Attention
+from ...ops import attention, attention_backend, masks
+from ..text import needle_prompt, token_windows
+from .claim import Outcome, Scale
+from .language import answer_log_prob, token_log_probs
+from .timing import times
+
+PAPER, SLUG = "042", "s2-attention"
+SAYS = (
+    "S2-Attention: heads that keep different strided columns cover the whole context together; quality is better than with equal "
+    "columns at the same density, and time follows density."
+)
+
+
+def measure(scale: Scale) -> Outcome:
+    length, heads, block = scale.pick((8192, 8, 64), (512, 4, 32))
+    context = scale.pick(768, 200)
+    out = Outcome(
+        f"{length} tokens, {heads} heads (time); {context} tokens, no training (quality)", "a round, or a prompt"
+    )
+    _time(out, scale, length, heads, block)
+    _quality(out, scale, context)
+    return out
+
+
+def _time(out: Outcome, scale: Scale, length: int, heads: int, block: int) -> None:
+    q, k, v = torch.randn(3, 1, heads, length, 64, generator=torch.Generator().manual_seed(0))
+    local, strides = scale.pick(4, 2), scale.pick((8, 16, 32), (4,))
+    made = {stride: masks.head_sharded(heads, block, local, stride) for stride in strides}
+    found = times(
+        {"causal dense": lambda: attention(q, k, v, mask=masks.causal)}
+        | {f"stride {s}": lambda mask=mask: attention(q, k, v, mask=mask) for s, mask in made.items()},
+        rounds=scale.pick(4, 1),
+        inner=scale.pick(3, 1),
+    )
+    out.add("causal dense", "time", "s", found["causal dense"])
+    for stride, mask in made.items():
+        row = out.add(f"stride {stride}", "time", "s", found[f"stride {stride}"], against="causal dense")
+        pattern = masks.head_sharded(heads, 1, local, stride).materialize(length // block, length // block)[0]
+        causal = torch.ones(length // block, length // block).tril().bool()
+        density = float(pattern.sum() / (heads * causal.sum()))
+        out.add(f"stride {stride}", "density of the causal half", "", density)
+        backend = attention_backend(q, k, v, mask=mask)
+        reached = [density / ratio for ratio in row.ratios or []]
+        spread = (max(reached) - min(reached)) / 2
+        out.check(
+            f"stride {stride} (density {density:.2f}, {backend}): share of the ideal speed-up",
+            sum(reached) / len(reached),
+            at_least=0.6,
+            spread=spread,
+        )
+        if stride <= heads:
+            covered = float((pattern.any(0) & causal).sum() / causal.sum())
+            out.add(f"stride {stride}", "causal blocks that some head sees", "", covered)
+            out.check(f"stride {stride}: share of the causal blocks that some head sees", covered, at_least=1.0)
+
+
+def _quality(out: Outcome, scale: Scale, context: int) -> None:
+    """A model trained densely, with the pattern put on it: only the comparison of the two patterns speaks of the paper."""
+    model, tokenizer = scale.language_model()
+    stride = model.config.get_text_config().num_key_value_heads
+    shape = {"block_size": 16, "local_blocks": 4, "stride": stride}
+    ways: dict[str, S2Attention | None] = {
+        "dense": None,
+        "own columns per head": S2Attention(**shape),
+        "equal columns": S2Attention(**shape, homogeneous=True),
+    }
+    windows = token_windows(tokenizer, context, scale.pick(3, 1))
+    prompts = [needle_prompt(tokenizer, context, depth, number) for number in range(3) for depth in (0.3, 0.6)]
+    for label, method in ways.items():
+        with warnings.catch_warnings():  # that equal columns leave blocks uncovered is the point
+            warnings.simplefilter("ignore")
+            session = attach(model, *([method] if method else []))
+        with session:
+            perplexity = [_perplexity(model, ids) for ids in windows]
+            needle = [answer_log_prob(model, *prompt) for prompt in prompts[: scale.pick(6, 1)]]
+        out.add(label, "perplexity of the second half", "", perplexity, against=None if label == "dense" else "dense")
+        out.add(label, "needle log-probability", "nats", needle)
+    own, equal = (
+        out.row(label, "perplexity of the second half").mean for label in ("own columns per head", "equal columns")
+    )
+    out.check("perplexity with own columns over that with equal ones, untrained", own / equal, at_most=1.0)
+    own, equal = (out.row(label, "needle log-probability").mean for label in ("own columns per head", "equal columns"))
+    out.check("needle log-prob, lead over equal columns, nats", own - equal, at_least=0.0)
+    dense = out.row("dense", "needle log-probability").mean
+    out.note = (
+        f"The paper trains with the pattern; here it is put on a dense model without training, stride {stride} on {stride} kv heads: "
+        f"needle {dense:.2f} nats dense, {own:.2f} own columns, {equal:.2f} equal ones."
+    )
+
+
+def _perplexity(model: Any, ids: list[int]) -> float:
+    return float((-token_log_probs(model, ids, len(ids) // 2).mean()).exp())
