@@ -120,6 +120,14 @@ def test_catalog_line_says_what_came_out(tmp_path):
     }
 
 
+def test_busy_machines_are_named():
+    record = run(claim_of(outcome(1.0)), Scale(), "regard bench claims 068")
+    record["machine"] |= {"load average before": "0.3", "cores": "2"}
+    assert "times are rough" not in measured_line(record)
+    record["machine"]["load average before"] = "9.5"
+    assert measured_line(record).endswith("; others at work, load 9.5 on 2 cores: times are rough)")
+
+
 def test_number():
     assert [number(x) for x in (0.5, 0.0, 0.00123, -3.456, 12.0)] == ["0.50", "0.00", "0.0012", "-3.46", "12.00"]
 

@@ -160,7 +160,7 @@ def write_table(out: Path) -> Path:
     """Write `out`/README.md: every kept claim with its verdict and checks."""
     from .._files import write_whole
     from .claims import MODULES
-    from .claims.claim import Check
+    from .claims.claim import Check, busy
 
     lines = [
         "# Measured claims",
@@ -178,7 +178,9 @@ def write_table(out: Path) -> Path:
         path, record = found
         checks = "<br>".join(str(Check(**check)) for check in record["checks"])
         machine = record["machine"]
-        where = f"{record['setting']}<br>{machine['device']}, {machine['threads']} threads, {record['date']}"
+        where = (
+            f"{record['setting']}<br>{machine['device']}, {machine['threads']} threads, {record['date']}{busy(machine)}"
+        )
         cells = [
             f"[{paper}]({path.name})",
             record["claim"],

@@ -40,19 +40,19 @@ class Needle:
 
 NEEDLES = (
     Needle(
-        "The old lighthouse keeper always feeds nineteen grey pelicans before sunrise on the northern pier.",
-        "What does the old lighthouse keeper always do?",
-        "feeds nineteen grey pelicans before sunrise on the northern pier",
-    ),
-    Needle(
         "The best thing to do in Lisbon is to ride the yellow tram uphill and eat a warm custard tart by the river.",
         "What is the best thing to do in Lisbon?",
         "ride the yellow tram uphill and eat a warm custard tart by the river",
     ),
     Needle(
-        "Everyone in the village trusts Mrs Alder because she repairs broken clocks for free and never forgets a birthday.",
-        "Why does everyone in the village trust Mrs Alder?",
-        "she repairs broken clocks for free and never forgets a birthday",
+        "The secret ingredient of the pastry chef's famous cake is a spoonful of roasted cardamom with a pinch of grey sea salt.",
+        "What is the secret ingredient of the pastry chef's famous cake?",
+        "a spoonful of roasted cardamom with a pinch of grey sea salt",
+    ),
+    Needle(
+        "The favourite hobby of the retired astronaut is painting small wooden boats and flying paper kites near the harbour.",
+        "What is the favourite hobby of the retired astronaut?",
+        "painting small wooden boats and flying paper kites near the harbour",
     ),
 )
 """The default needles."""
@@ -135,7 +135,8 @@ class NeedleHaystack:
         lengths: context lengths in tokens (haystack with needle, and `reserve` besides). depths: in percent, 0 = start, 100 = end.
         reserve: tokens kept free for question and answer.
         question: template of what follows the text; `{question}` is filled in.
-        chat: put the whole into the tokenizer's chat template, as a user's message.
+        chat: put the whole into the tokenizer's chat template, as a user's message, as the authors do for chat models. None: where
+            the tokenizer has one.
         find: how the answer's tokens are found: "offsets" (by character, exact; needs a fast tokenizer), or a variant of `find_span`.
     """
 
@@ -145,7 +146,7 @@ class NeedleHaystack:
     depths: Sequence[float] = (10, 50, 90)
     reserve: int = 50
     question: str = QUESTION
-    chat: bool = False
+    chat: bool | None = None
     find: str = "offsets"
 
     def __post_init__(self) -> None:
@@ -175,11 +176,12 @@ class NeedleHaystack:
         """One prompt. Raises `ValueError` if the length leaves no room for text, or the answer's tokens cannot be found."""
         context = self._context(tokenizer, needle, length, depth)
         text = context + self.question.format(question=needle.question)
-        if self.chat:
+        chat = getattr(tokenizer, "chat_template", None) is not None if self.chat is None else self.chat
+        if chat:
             message = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         fast = getattr(tokenizer, "is_fast", False)
-        encoded = tokenizer(text, add_special_tokens=not self.chat, return_offsets_mapping=fast)
+        encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=fast)
         ids = encoded["input_ids"]
         if self.find == "offsets" and fast:
             span = _span_by_offsets(text, needle, encoded["offset_mapping"])

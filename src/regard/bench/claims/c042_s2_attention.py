@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 
 from ...integrations.transformers import attach
 from ...methods.sparse.s2_attention import S2Attention
-from ...ops import attention, attention_backend, masks
+from ...ops import masks
+from ...ops.attention import attention, attention_backend
 from ..text import needle_prompt, token_windows
 from .claim import Outcome, Scale
 from .language import answer_log_prob, token_log_probs
@@ -38,8 +40,8 @@ def _time(out: Outcome, scale: Scale, length: int, heads: int, block: int) -> No
     local, strides = scale.pick(4, 2), scale.pick((8, 16, 32), (4,))
     made = {stride: masks.head_sharded(heads, block, local, stride) for stride in strides}
     found = times(
-        {"causal dense": lambda: attention(q, k, v, mask=masks.causal)}
-        | {f"stride {s}": lambda mask=mask: attention(q, k, v, mask=mask) for s, mask in made.items()},
+        {"causal dense": partial(attention, q, k, v, mask=masks.causal)}
+        | {f"stride {stride}": partial(attention, q, k, v, mask=mask) for stride, mask in made.items()},
         rounds=scale.pick(4, 1),
         inner=scale.pick(3, 1),
     )

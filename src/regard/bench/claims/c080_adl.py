@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...losses import attention_diversification
+from ...losses.attention_diversification import attention_diversification
 from .claim import Outcome, Scale
 
 PAPER, SLUG = "080", "adl"

@@ -37,11 +37,11 @@ def measure(scale: Scale) -> Outcome:
     kl: dict[str, list[float]] = {label: [] for label in ways}
     needle: dict[str, list[float]] = {label: [] for label in ways}
     for prompt, answer in prompts[: scale.pick(6, 1)]:
-        ids = [*prompt, *answer]
+        ids, dense = [*prompt, *answer], None
         for label, method in ways.items():
             with attach(model, *([method] if method else [])):
                 found = next_log_probs(model, ids[:-1], context // 2)
-            dense = found if label == "dense" else dense  # noqa: F821  (dense comes first)
+            dense = found if dense is None else dense  # which comes first
             kl[label].append(divergence(dense, found))
             needle[label].append(float(sum(row[token] for row, token in zip(found[-len(answer) :], answer))))
     for label in ways:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from ...ops import attention, linear_attention, masks
+from ...ops import masks
+from ...ops.attention import attention
+from ...ops.state.linear import linear_attention
 from .claim import Outcome, Scale
 from .memory import peak_bytes
 from .timing import slope, times
@@ -24,14 +28,8 @@ def measure(scale: Scale) -> Outcome:
     )
     inputs = {n: torch.randn(3, 1, heads, n, dim, generator=torch.Generator().manual_seed(n)) for n in lengths}
 
-    def linear(n: int):  # type: ignore[no-untyped-def]
-        return lambda: linear_attention(*inputs[n], log_decay=decay)
-
-    def softmax(n: int):  # type: ignore[no-untyped-def]
-        return lambda: attention(*inputs[n], mask=masks.causal)
-
-    things = {f"{LINEAR}, {n} tokens": linear(n) for n in lengths}
-    things |= {f"{SOFTMAX}, {n} tokens": softmax(n) for n in dense_lengths}
+    things = {f"{LINEAR}, {n} tokens": partial(linear_attention, *inputs[n], log_decay=decay) for n in lengths}
+    things |= {f"{SOFTMAX}, {n} tokens": partial(attention, *inputs[n], mask=masks.causal) for n in dense_lengths}
     found = times(things, rounds=scale.pick(5, 2), inner=scale.pick(3, 1))
     for name, label_lengths in ((LINEAR, lengths), (SOFTMAX, dense_lengths)):
         for n in label_lengths:
@@ -67,7 +65,7 @@ def _memory(out: Outcome, lengths: tuple[int, ...], heads: int, dim: int, decay:
     """Peak memory of a call above what its inputs hold, in units of its own output."""
     for n in lengths:
         q, k, v = torch.randn(3, 1, heads, n, dim)
-        peak = peak_bytes(lambda: linear_attention(q, k, v, log_decay=decay))  # noqa: B023
+        peak = peak_bytes(partial(linear_attention, q, k, v, log_decay=decay))
         out.add(f"{LINEAR}, {n} tokens", "peak memory above the inputs, of the output's size", "", peak / v.nbytes)
     share = out.rows[-1].mean
     out.check(f"peak memory above the inputs at {lengths[-1]} tokens, of the output's size", share, at_most=2.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -26,7 +28,7 @@ def measure(scale: Scale) -> Outcome:
     out = Outcome(
         f"batches of {batch} images of {size} x {size}, float32, random weights, forward", "a round of timing"
     )
-    found = times({name: lambda n=net: n(x) for name, net in networks.items()}, scale.pick(5, 1), scale.pick(3, 1))
+    found = times({name: partial(net, x) for name, net in networks.items()}, scale.pick(5, 1), scale.pick(3, 1))
     for name, net in networks.items():
         rates = [batch / seconds for seconds in found[name]]
         out.add(name, "images a second", "1/s", rates, against=None if name == PEER else PEER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ def measure(scale: Scale) -> Outcome:
         networks[f"with ELA-{variant}"] = copy.deepcopy(plain)
         insert_gate(networks[f"with ELA-{variant}"], lambda channels, v=variant: EfficientLocalAttention(channels, v))
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-    found = times({name: lambda n=net: n(x) for name, net in networks.items()}, scale.pick(5, 1), scale.pick(3, 1))
+    found = times({name: partial(net, x) for name, net in networks.items()}, scale.pick(5, 1), scale.pick(3, 1))
     out = Outcome(
         f"MobileNetV2, batches of {batch} images of {size} x {size}, forward, the gate in every inverted residual",
         "a round",

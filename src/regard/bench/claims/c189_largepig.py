@@ -49,7 +49,8 @@ def measure(scale: Scale) -> Outcome:
     sources = SOURCES[: scale.pick(len(SOURCES), 1)]
     questions = [(text, *item) for text, items in sources for item in items]
     out = Outcome(f"{len(questions)} questions on {len(sources)} made-up texts", "a question")
-    content, function = [], []
+    content: list[float] = []
+    function: list[float] = []
     for text, question, right, _ in questions:
         prompt = _prompt(tokenizer, text, question)
         answer = _ids(tokenizer, " " + right)

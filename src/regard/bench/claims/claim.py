@@ -214,13 +214,21 @@ def measured_line(record: dict[str, Any]) -> str:
     found = f"The claim {verdict} at this scale" if verdict != PARTLY else f"{_of(record)} checks hold at this scale"
     note = f" {record['note']}" if record["note"] else ""
     facts = record["machine"]
-    where = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {record['date']}"
+    where = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {record['date']}{busy(facts)}"
     return f"{record['claim']} Measured on {record['setting']}: {checks}. {found}.{note} ({where})"
 
 
 def _of(record: dict[str, Any]) -> str:
     held = sum(check["holds"] for check in record["checks"])
     return f"{held} of {len(record['checks'])}"
+
+
+def busy(facts: dict[str, str]) -> str:
+    """A warning where others were at work on the machine: more waiting than it has cores."""
+    load, cores = facts["load average before"], facts["cores"]
+    if load == "unknown" or float(load) <= float(cores):
+        return ""
+    return f"; others at work, load {load} on {cores} cores: times are rough"
 
 
 def machine() -> dict[str, str]:

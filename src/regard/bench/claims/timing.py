@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..._checks import require_int
 
 @torch.no_grad()
 def times(
-    things: dict[str, Callable[[], Any]], rounds: int = 5, inner: int = 3, warmup: int = 1
+    things: Mapping[str, Callable[[], Any]], rounds: int = 5, inner: int = 3, warmup: int = 1
 ) -> dict[str, list[float]]:
     """Seconds per call, `rounds` values for each thing.
 
@@ -28,7 +29,7 @@ def times(
             thing()
     found: dict[str, list[float]] = {name: [] for name in things}
     for _ in range(rounds):
-        best = dict.fromkeys(things, float("inf"))
+        best = dict.fromkeys(things, math.inf)
         for _ in range(inner):
             for name, thing in things.items():
                 began = time.perf_counter()
@@ -41,6 +42,4 @@ def times(
 
 def slope(lengths: list[int], seconds: list[float]) -> float:
     """Exponent p of the least-squares fit seconds = c * length^p: 1 is linear, 2 quadratic."""
-    x = [float(torch.tensor(float(length)).log()) for length in lengths]
-    y = [float(torch.tensor(value).log()) for value in seconds]
-    return statistics.linear_regression(x, y).slope
+    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(value) for value in seconds]).slope

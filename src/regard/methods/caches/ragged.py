@@ -63,6 +63,7 @@ class StreamStore:
         self.sink, self.recent = sink, recent
         self.sinks: tuple[Tensor, Tensor] | None = None
         self.tail: tuple[Tensor, Tensor] | None = None
+        self.complete = False  # every row has all its sinks
 
     def add(self, keys: Tensor, values: Tensor, seen: int, start: Tensor) -> None:
         """Take in tokens at positions [seen, seen + n) and let go of what is neither sink nor recent any more."""
@@ -78,9 +79,14 @@ class StreamStore:
                 kept.append(torch.cat([old[:, :, max(0, old.shape[2] - room) :], fresh], dim=2))
         self.tail = (kept[0], kept[1])
 
+    def settled(self, seen: int, latest_start: int) -> bool:
+        """Whether everything stored is real and nothing is held twice, in every row: no mask is needed then."""
+        return self.tail is not None and seen - self.tail[0].shape[2] >= latest_start + self.sink
+
     def _with_sinks(self, fresh: tuple[Tensor, Tensor], seen: int, start: Tensor) -> tuple[Tensor, Tensor]:
-        if self.sinks is not None and seen >= int(start.max()) + self.sink:
+        if self.sinks is not None and self.complete:
             return self.sinks
+        self.complete = seen + fresh[0].shape[2] >= int(start.max()) + self.sink
         slot = start[:, None] + torch.arange(self.sink, device=start.device)
         new = fresh[0].shape[2]
         arrives = (slot >= seen) & (slot < seen + new)
@@ -130,6 +136,8 @@ class RaggedLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.seen = 0
         self.start: Tensor | None = None
+        self.latest_start = 0
+        self._head_numbers: list[tuple[Any, Any]] | None = None
         self.full = GrowingStore()
         self.stream = StreamStore(self.sink, max(0, self.recent - 1) if self.exact_window else self.recent)
         self.pending: tuple[Tensor, Tensor] | None = None
@@ -210,19 +218,30 @@ class RaggedLayer(CacheLayerMixin):
         before = self.seen - keys.shape[2]
         if self.start is None:
             self.start = call.start.clone()
-        streaming = self.streaming.to(keys.device)
-        group = call.num_heads // keys.shape[1]
-        out = call.q.new_empty((*call.q.shape[:3], values.shape[3]))
-        for heads, attend in (
-            ((~streaming).nonzero()[:, 0], self._attend_full),
-            (streaming.nonzero()[:, 0], self._attend_stream),
-        ):
-            if heads.numel() == 0:
-                continue
-            q_heads = (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
-            out[:, q_heads] = attend(call, call.q[:, q_heads], keys[:, heads], values[:, heads], before)
+            self.latest_start = int(self.start.max())
+        (full, q_full), (stream, q_stream) = self._heads(call.num_heads // keys.shape[1], keys.device)
+        if stream is None:
+            out = self._attend_full(call, call.q, keys, values, before)
+        elif full is None:
+            out = self._attend_stream(call, call.q, keys, values, before)
+        else:
+            out = call.q.new_empty((*call.q.shape[:3], values.shape[3]))
+            for heads, q_heads, attend in ((full, q_full, self._attend_full), (stream, q_stream, self._attend_stream)):
+                q, k, v = call.q.index_select(1, q_heads), keys.index_select(1, heads), values.index_select(1, heads)
+                out.index_copy_(1, q_heads, attend(call, q, k, v, before))
         self.pending = None
         return out
+
+    def _heads(self, group: int, device: torch.device) -> list[tuple[Any, Any]]:
+        """Numbers of the kv heads that keep everything and of those that stream, with their query heads; None for no head."""
+        if self._head_numbers is None:
+            assert self.streaming is not None
+            self._head_numbers = []
+            for chosen in (~self.streaming, self.streaming):
+                heads = chosen.to(device).nonzero()[:, 0]
+                q_heads = (heads[:, None] * group + torch.arange(group, device=device)).flatten()
+                self._head_numbers.append((heads, q_heads) if heads.numel() else (None, None))
+        return self._head_numbers
 
     def _attend_full(self, call: AttentionCall, q: Tensor, keys: Tensor, values: Tensor, before: int) -> Tensor:
         keys, values = self.full.append(keys, values)
@@ -248,9 +267,9 @@ class RaggedLayer(CacheLayerMixin):
         all_keys = torch.cat([sinks, stream.tail[0], keys], dim=2)
         all_values = torch.cat([stream.sinks[1], stream.tail[1], values], dim=2)
         new = keys.shape[2]
-        position, keep = stream.visible(before, start)
-        if new == 1 and bool(keep.all()):
+        if new == 1 and stream.settled(before, self.latest_start):
             return _attention(call, q, all_keys, all_values, None)
+        position, keep = stream.visible(before, start)
         fresh = before + torch.arange(new, device=q.device)
         position = torch.cat([position, fresh.expand(position.shape[0], -1)], 1)[:, None, None, :]
         keep = torch.cat([keep, fresh >= start[:, None]], 1)[:, None, None, :]
