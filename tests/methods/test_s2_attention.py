@@ -111,6 +111,20 @@ def test_a_call_is_the_masked_op():
     torch.testing.assert_close(one.run([S2Attention(**SMALL)]), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_sinks_are_seen_by_every_head_and_counted_after_the_padding():
+    for padding, start in ((None, 0), ([9], 9)):
+        one = call(padding=padding)
+        one.run([S2Attention(8, 1, 5, sink=3)])
+        weights = one.weights()[0]
+        assert (weights[:, 50:, start : start + 3] > 0).all()
+        assert (weights[:, 50:, start + 3] > 0).all(-1).tolist() == [
+            True,
+            True,
+            False,
+            False,
+        ]  # block 0 is kv head 0's own
+
+
 def test_decoding_sees_what_prefill_sees_and_padding_changes_nothing():
     model = tiny_llama()
     ids, mask, alone = padded_batch()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class HeadScores:
     """Scores of the heads of a model.
 
     Attributes:
-        scores: (L, H) float32. NaN: no score.
+        scores: (L, H), floating. NaN: no score.
         runs: (R, L, H), one table for each run that `scores` is the mean of; None where there is no such thing.
         name: what was measured ("retrieval", ...). info: how (model, settings, number of samples), JSON values.
     """
@@ -50,11 +51,18 @@ class HeadScores:
     def from_runs(
         cls, runs: Tensor | Sequence[Tensor], name: str = "", info: dict[str, Any] | None = None
     ) -> HeadScores:
-        """The mean over runs, (R, L, H); a NaN in a run counts as not measured."""
+        """The mean over runs, (R, L, H), in float64; a NaN in a run counts as not measured."""
+        require(len(runs) > 0, "runs", "none", "at least one run")
         table = runs if isinstance(runs, Tensor) else torch.stack(list(runs))
         require_tensor("runs", table, dims=3, floating=True)
-        # summed in float64 and rounded once, so that the order of runs does not show
-        return cls(table.double().nanmean(0).float(), table, name, dict(info or {}))
+        # float64, and summed head by head as numpy does for a list: means that are equal on paper then rank as the authors' do
+        columns = np.ascontiguousarray(table.detach().cpu().double().flatten(1).T.numpy())
+        means = [
+            float(np.mean(column[~np.isnan(column)])) if (~np.isnan(column)).any() else float("nan")
+            for column in columns
+        ]
+        mean = torch.tensor(means, dtype=torch.float64).view(table.shape[1:])
+        return cls(mean, table, name, dict(info or {}))
 
     @property
     def num_layers(self) -> int:
@@ -210,9 +218,9 @@ class HeadScores:
             layers, heads = 1 + max(layer for layer, _ in columns), 1 + max(head for _, head in columns)
         except (ValueError, TypeError, AttributeError) as error:
             raise bad_value("path", str(path), f"{need} ({error})") from None
-        runs = torch.full((max(map(len, columns.values())), layers, heads), torch.nan)
+        runs = torch.full((max(map(len, columns.values())), layers, heads), torch.nan, dtype=torch.float64)
         for (layer, head), values in columns.items():
-            runs[: len(values), layer, head] = torch.tensor(values)
+            runs[: len(values), layer, head] = torch.tensor(values, dtype=torch.float64)
         return cls.from_runs(runs, name=path.stem)
 
     @classmethod

@@ -68,15 +68,15 @@ class CopyCounter:
         return self._steps[-1]
 
     def score(self) -> Tensor:
-        """Scores so far, float32 (L, H)."""
+        """Scores so far, float64 (L, H)."""
         require(bool(self._steps), "steps", 0, "at least one step")
         hits = torch.stack(self._steps)
         if self.count == "steps":
-            return (hits.sum(0).double() / (self.span[1] - self.span[0])).float()
+            return hits.sum(0).double() / (self.span[1] - self.span[0])
         needle = set(self.prompt_ids[self.span[0] : self.span[1]].tolist())
         tokens = torch.tensor(self._tokens)
         copied = sum(hits[tokens == token].any(0).double() for token in sorted(needle))
-        return (copied / len(needle)).float()  # type: ignore[operator, union-attr]
+        return torch.as_tensor(copied / len(needle))
 
 
 @torch.no_grad()

@@ -67,7 +67,11 @@ def generate(case):
     model = llama(case)
     prompt, out = case.inputs["prompt"], {}
     for name, args in case.args.items():
-        settings = {"max_new_tokens": args["max_new_tokens"], "pad_token_id": 0, "do_sample": args.get("do_sample", False)}
+        settings = {
+            "max_new_tokens": args["max_new_tokens"],
+            "pad_token_id": 0,
+            "do_sample": args.get("do_sample", False),
+        }
         settings |= {key: args[key] for key in ("temperature", "top_k", "top_p", "repetition_penalty") if key in args}
         model.generation_config.eos_token_id = None
         options = {"return_dict_in_generate": True, "output_scores": True, **settings}
@@ -102,6 +106,8 @@ def source_masks(case):
             options |= {"history": args["alpha"], "threshold": 1.0, "skip": 0, "share": None, "eps": 1e-10}
         else:
             options |= {"threshold": args["alpha"], "history": args.get("weight", 0.5)}
-        kept = trusted_source(case.inputs["logits"][:, start:end], case.inputs["ids"][:, start:end], attention, **options)
+        kept = trusted_source(
+            case.inputs["logits"][:, start:end], case.inputs["ids"][:, start:end], attention, **options
+        )
         out[name] = kept.long()
     return out

@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional as F
 
+from regard.lens import HeadScores, find_span
+from regard.lens.retrieval_heads import CopyCounter
 from regard.methods import AttentionCall
 from regard.methods.edits import MaskHeads
 
@@ -49,3 +51,26 @@ def masked_step(case):
         out[f"{name}.output"] = F.linear(heads.transpose(1, 2).flatten(2), case.params["o_proj.weight"])
         out[f"{name}.weights"] = call.weights()
     return out
+
+
+def scores(case):
+    """Retrieval scores of hand-made attention, and needle spans."""
+    out = {}
+    for name, args in case.args.items():
+        attention, ids = case.inputs[f"{name}.attention"], case.inputs[f"{name}.prompt_ids"]
+        counter = CopyCounter(ids, tuple(args["span"]))
+        for step, token in enumerate(case.inputs[f"{name}.tokens"].tolist()):
+            looked_at = attention[step, :, :, : len(ids) + step].topk(args["topk"]).indices
+            counter.add(looked_at, token)
+        out[f"{name}.score"] = counter.score()
+    pairs = zip(case.inputs["find.prompts"], case.inputs["find.needles"], strict=True)
+    out["find.spans"] = torch.tensor(
+        [find_span(prompt[prompt >= 0], needle[needle >= 0].tolist()) for prompt, needle in pairs]
+    )
+    return out
+
+
+def aggregate(case):
+    """Published scores of a real model, averaged and ranked."""
+    table = HeadScores.from_runs(case.inputs["runs"])
+    return {"mean": table.scores, "top": torch.tensor(table.top(30)), "above": torch.tensor(len(table.above(0.1)))}

@@ -31,7 +31,12 @@ def in_a_call(case):
         batch, heads, q_len, kv_len = weights.shape
         q, k = torch.zeros(batch, heads, q_len, 4), torch.zeros(batch, heads, kv_len, 4)
         call = AttentionCall(
-            module=None, layer=entry["layer_idx"], q=q, k=k, v=torch.eye(kv_len).expand(batch, heads, -1, -1), num_layers=32
+            module=None,
+            layer=entry["layer_idx"],
+            q=q,
+            k=k,
+            v=torch.eye(kv_len).expand(batch, heads, -1, -1),
+            num_layers=32,
         )
         call.biases.append(weights.log())
         method = method_of(entry["input_len"])

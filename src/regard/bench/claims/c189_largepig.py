@@ -80,11 +80,11 @@ def measure(scale: Scale) -> Outcome:
         out.row("with the pointer", "margin of the answer").mean - out.row("plain scoring", "margin of the answer").mean
     )
     out.check("margin of the answer gained by the pointer, nats", gained, at_least=0.0, digits=3)
-    mc1 = out.row("with the pointer", "MC1").mean - out.row("plain scoring", "MC1").mean
-    out.check("MC1 gained by the pointer", mc1, at_least=0.0, digits=3)
-    means = ", ".join(f"{label} {out.row(label, 'MC2').mean:.3f}" for label in ways)
+    means = "; ".join(
+        f"{label}: MC1 {out.row(label, 'MC1').mean:.2f}, MC2 {out.row(label, 'MC2').mean:.3f}" for label in ways
+    )
     count = f"{len(content)} content and {len(function)} function tokens"
-    out.note = f"MC2: {means}. Mean gate {sum(content) / len(content):.4f} on content ({count})."
+    out.note = f"{means[0].upper()}{means[1:]}. Mean gate {sum(content) / len(content):.4f} on content ({count})."
     return out
 
 

@@ -34,6 +34,8 @@ class S2Attention(Method):
             Defaults: those of Phi-3-small.
         dense_heads: the LAST this many kv heads are dense.
         homogeneous: every head keeps the same columns (the paper's ablation: the heads then cover no more than one does).
+        sink: tokens at the start that all heads see. Not in the paper, whose models are trained with the pattern: a model that
+            was trained densely rests its attention on the first tokens, and most heads would lose sight of them.
         dense_layers: the first this many layers stay dense, or a sequence of layer numbers (negative from the end). Hybrid
             models keep every second one: `dense_layers=range(1, num_layers, 2)`.
 
@@ -48,6 +50,7 @@ class S2Attention(Method):
     stride: int = 8
     dense_heads: int = 0
     homogeneous: bool = False
+    sink: int = 0
     dense_layers: DenseLayers = ()
 
     def __post_init__(self) -> None:
@@ -56,6 +59,7 @@ class S2Attention(Method):
             ("local_blocks", self.local_blocks, 1),
             ("stride", self.stride, 1),
             ("dense_heads", self.dense_heads, 0),
+            ("sink", self.sink, 0),
         ):
             require_int(name, value, least)
         check_dense_layers(self.dense_layers)
@@ -92,6 +96,8 @@ class S2Attention(Method):
             homogeneous=self.homogeneous,
             group=call.num_heads // call.num_kv_heads,
         )
+        if self.sink:
+            pattern = pattern | (masks.sink(self.sink) & masks.causal)
         if call.mask is None or not bool(call.start.any()):
             return pattern
         return masks.shifted(pattern, call.start)

@@ -145,7 +145,7 @@ def _gathers(
     width: int,
 ) -> list[Piece]:
     """Units with equally long lists go together, whatever head they are of."""
-    _, plan_heads, q_blocks, longest = lists.kv_blocks.shape
+    _, plan_heads, q_blocks, _ = lists.kv_blocks.shape
     heads, rows, blocks = [], [], []
     for alike, (b, h), these in gathered:
         units = torch.tensor(these)
@@ -153,32 +153,74 @@ def _gathers(
             heads.append(torch.full_like(units, head))
             rows.append((b * plan_heads + h) * q_blocks + units)
             blocks.append(units)
-    head, row, block = torch.cat(heads), torch.cat(rows), torch.cat(blocks)
-    kv, tiles_of = lists.kv_blocks.reshape(-1, longest), lists.tiles_of.reshape(-1, longest)
-    counts = (kv >= 0).sum(-1)[row]
-    short = geometry.k_blocks * geometry.block_k - geometry.kv_len
-    ragged = (kv[row, counts - 1] == geometry.k_blocks - 1).long() if short else torch.zeros_like(row)
-    kinds, sizes = torch.unique(counts * 2 + ragged, return_counts=True)
-    order = torch.argsort(counts * 2 + ragged, stable=True)
+    units = _Units(torch.cat(heads), torch.cat(blocks), torch.cat(rows), lists, geometry)
     pieces: list[Piece] = []
-    group = geometry.group if lists.per_group else 1
-    for kind, units in zip(kinds.tolist(), order.split(sizes.tolist())):
+    start = 0
+    for kind, size in zip(*(x.tolist() for x in torch.unique_consecutive(units.kind, return_counts=True))):
         count = kind // 2
-        r, w = group * geometry.block_q, count * geometry.block_k
-        step = _together(len(units), min(SCORES // (r * w), GATHERED // (w * width)))
-        for part in units.split(step):
-            pieces.append(
-                Gather.of_units(
-                    head[part],
-                    block[part],
-                    kv,
-                    tiles_of,
-                    row[part],
-                    count=count,
-                    beyond=short if kind % 2 else 0,
-                    per_group=lists.per_group,
-                    store=store,
-                    geometry=geometry,
-                )
-            )
+        r, w = units.group * geometry.block_q, count * geometry.block_k
+        step = _together(size, min(SCORES // (r * w), GATHERED // (w * width)))
+        for lo in range(start, start + size, step):
+            pieces.append(units.piece(lo, min(lo + step, start + size), count, bool(kind % 2), store))
+        start += size
     return pieces
+
+
+class _Units:
+    """All gathered (flat head, query block) units, ordered by the length of their lists, and what pieces need to know of them.
+
+    `kind`: twice the length, plus one where the list ends in the block that the last key cuts short.
+    """
+
+    def __init__(self, head: Tensor, block: Tensor, row: Tensor, lists: _Lists, geometry: Geometry) -> None:
+        self.geometry, self.per_group = geometry, lists.per_group
+        longest = lists.kv_blocks.shape[3]
+        self.kv, self.tiles_of = lists.kv_blocks.reshape(-1, longest), lists.tiles_of.reshape(-1, longest)
+        self.short = geometry.k_blocks * geometry.block_k - geometry.kv_len
+        counts = (self.kv >= 0).sum(-1)[row]
+        ragged = self.kv[row, counts - 1] == geometry.k_blocks - 1 if self.short else torch.zeros_like(row)
+        self.kind, order = torch.sort(counts * 2 + ragged.long(), stable=True)
+        self.head, self.block, self.row = head[order], block[order], row[order]
+        self.group = geometry.group if lists.per_group else 1
+        kv_head = self.head if lists.per_group else self.head // geometry.group
+        self.first_key_block = kv_head[:, None] * geometry.k_blocks
+        heads = self.head[:, None] * self.group + torch.arange(self.group)
+        self.row_index = heads * geometry.q_blocks + self.block[:, None]
+        # index of the first unit of each stretch of adjacent rows
+        flat = self.row_index[:, 0]
+        breaks = torch.ones_like(flat, dtype=torch.bool)
+        breaks[1:] = flat[1:] != flat[:-1] + 1
+        self.stretch = breaks.cumsum(0).tolist()
+        listed = self.kv >= 0
+        self.full = (listed & (self.tiles_of == FULL)).any(-1)[self.row].tolist()
+        self.lazy = (listed & (self.tiles_of == LAZY)).any(-1)[self.row].tolist()
+        self.mixed = (listed & (self.tiles_of >= 0)).any(-1)[self.row].tolist()
+
+    def piece(self, lo: int, hi: int, count: int, ragged: bool, store: TileStore) -> Gather:
+        row = self.row[lo:hi]
+        tile_at = (row[:0], row[:0])
+        tile_ids = row[:0]
+        if any(self.mixed[lo:hi]):
+            tiles = self.tiles_of[row, :count]
+            units, slots = (tiles >= 0).nonzero(as_tuple=True)
+            tile_at, tile_ids = (units, slots), tiles[units, slots]
+        index = self.row_index[lo:hi].flatten()
+        adjacent = self.group == 1 and self.stretch[lo] == self.stretch[hi - 1]
+        return Gather(
+            heads=self.head[lo:hi],
+            q_blocks=self.block[lo:hi],
+            per_group=self.per_group,
+            kv_blocks=self.kv,
+            plan_rows=row,
+            row_index=index,
+            first_key_block=self.first_key_block[lo:hi],
+            tile_at=tile_at,
+            tile_ids=tile_ids,
+            store=store,
+            ask_mask=any(self.lazy[lo:hi]),
+            may_be_empty=not all(self.full[lo:hi]),
+            beyond=self.short if ragged else 0,
+            first_row=int(index[0]) if adjacent else None,
+            slots=count,
+            shape=(hi - lo, self.group, self.geometry.block_q, count * self.geometry.block_k),
+        )

@@ -16,7 +16,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..plan import FULL, LAZY
 from .cpu_frame import Frame, Geometry, Keys, Rows
 
 Positions = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -32,8 +31,8 @@ class Piece(Protocol):
         """The piece's rows in the arithmetic's type, (n, g * r, width)."""
         ...
 
-    def put(self, rows: Rows, values: Tensor) -> None:
-        """Store results of the piece's rows."""
+    def put(self, rows: Rows, values: Tensor, divisor: Tensor | None = None) -> None:
+        """Store results (n, g * r, width) of the piece's rows, divided by `divisor` (n, g * r, 1)."""
         ...
 
     def keys(self, keys: Keys, frame: Frame, name: str) -> Tensor:
@@ -74,6 +73,13 @@ def _sum_broadcast(matrix: Tensor, values: Tensor) -> Tensor:
     """`values` (n, g, r, w) summed over rows and keys where the matrix has one for all."""
     axes = [axis for axis in (2, 3) if matrix.shape[axis] == 1]
     return values.sum(axes, keepdim=True) if axes else values
+
+
+def _store(place: Tensor, values: Tensor, divisor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if divisor is None:
+        place.copy_(values.view(*shape, -1))
+    else:
+        torch.div(values.view(*shape, -1), divisor.view(*shape, 1), out=place)
 
 
 class TileStore:
@@ -136,9 +142,9 @@ class Slice:
             return view[:, 0]
         return frame.scratch(name, n, g, r, width).copy_(view).view(n, g * r, width)
 
-    def put(self, rows: Rows, values: Tensor) -> None:
+    def put(self, rows: Rows, values: Tensor, divisor: Tensor | None = None) -> None:
         n, g, r, _ = self.shape
-        rows.grouped[self.lo : self.hi, :, self.start : self.stop].copy_(values.view(n, g, r, -1))
+        _store(rows.grouped[self.lo : self.hi, :, self.start : self.stop], values, divisor, (n, g, r))
 
     def keys(self, keys: Keys, frame: Frame, name: str) -> Tensor:
         parts = [keys.flat[self.lo : self.hi, first:last] for first, last in self.runs]
@@ -229,48 +235,6 @@ class Gather:
     slots: int
     shape: tuple[int, int, int, int]
 
-    @classmethod
-    def of_units(
-        cls,
-        heads: Tensor,
-        q_blocks: Tensor,
-        kv_blocks: Tensor,
-        tiles_of: Tensor,
-        plan_rows: Tensor,
-        *,
-        count: int,
-        beyond: int,
-        per_group: bool,
-        store: TileStore,
-        geometry: Geometry,
-    ) -> Gather:
-        g = geometry.group if per_group else 1
-        first_head = heads[:, None] * g + torch.arange(g)
-        row_index = (first_head * geometry.q_blocks + q_blocks[:, None]).flatten()
-        kv_heads = heads if per_group else heads // geometry.group
-        tiles = tiles_of[plan_rows, :count]
-        units, slots = (tiles >= 0).nonzero(as_tuple=True)
-        n, first = len(heads), int(row_index[0])
-        adjacent = g == 1 and bool((row_index == torch.arange(first, first + n)).all())
-        return cls(
-            heads=heads,
-            q_blocks=q_blocks,
-            per_group=per_group,
-            kv_blocks=kv_blocks,
-            plan_rows=plan_rows,
-            row_index=row_index,
-            first_key_block=kv_heads[:, None] * geometry.k_blocks,
-            tile_at=(units, slots),
-            tile_ids=tiles[units, slots],
-            store=store,
-            ask_mask=bool((tiles == LAZY).any()),
-            may_be_empty=bool((tiles != FULL).all(-1).any()),
-            beyond=beyond,
-            first_row=first if adjacent else None,
-            slots=count,
-            shape=(n, g, geometry.block_q, count * geometry.block_k),
-        )
-
     @property
     def blocks(self) -> Tensor:
         """Key blocks of each unit, (n, slots)."""
@@ -288,13 +252,13 @@ class Gather:
         picked = rows.blocks.index_select(0, self.row_index)
         return picked.to(frame.dtype).view(n, g * r, picked.shape[2])
 
-    def put(self, rows: Rows, values: Tensor) -> None:
+    def put(self, rows: Rows, values: Tensor, divisor: Tensor | None = None) -> None:
         n, g, r, _ = self.shape
-        values = values.reshape(n * g, r, -1)
         if self.first_row is not None:
-            rows.blocks[self.first_row : self.first_row + n].copy_(values)
-        else:
-            rows.blocks.index_copy_(0, self.row_index, values.to(rows.flat.dtype))
+            _store(rows.blocks[self.first_row : self.first_row + n], values, divisor, (n, r))
+            return
+        values = values if divisor is None else values.div_(divisor)
+        rows.blocks.index_copy_(0, self.row_index, values.view(n * g, r, -1).to(rows.flat.dtype))
 
     def keys(self, keys: Keys, frame: Frame, name: str) -> Tensor:
         n, _, _, w = self.shape

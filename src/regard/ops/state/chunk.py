@@ -13,8 +13,7 @@ bookkeeping by one token (their running product is not the state at the end of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from .decay import cumulative_decay
 from .tensors import accumulate_dtype, expand_heads, no_autocast
+
+_TILES_AT_ONCE = 64  # chunks x rows of one product: 64 x (64, 64) float32 is 1 MB
 
 
 def default_chunk_size(rows: int, channel_decay: bool = False) -> int:
@@ -32,109 +33,128 @@ def default_chunk_size(rows: int, channel_decay: bool = False) -> int:
     return 64 if rows >= 4 else 128
 
 
-class _Tiles:
-    """The chunks of x (B, Hkv, N, D) as (B * H, C, D) tiles in the accumulation dtype, made one at a time."""
+class _Piece(NamedTuple):
+    """`chunks` chunks of `size` tokens, from token `start` to `stop`: what one step of a sweep works on."""
 
-    def __init__(self, x: Tensor, groups: int, chunk: int, dtype: torch.dtype):
-        self.groups, self.dtype = groups, dtype
-        self.rows = x.shape[0] * x.shape[1] * groups
-        # a view wherever the layout allows it, then a tile costs nothing
-        if groups == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)):
-            self.parts = x.flatten(0, 1).split(chunk, dim=1)
-            self.ready = x.dtype == dtype
-        else:
-            self.parts = x.split(chunk, dim=2)
-            self.ready = False
-
-    def __getitem__(self, i: int) -> Tensor:
-        part = self.parts[i]
-        if self.ready:
-            return part
-        if part.dim() == 4:
-            part = expand_heads(part, self.groups).reshape(self.rows, *part.shape[2:])
-        return part.to(self.dtype)
+    start: int
+    stop: int
+    chunks: int
+    size: int
 
 
-class _Weights:
-    """Decay factors of a chunk of m tokens, expanded to full tiles (a broadcast operand would halve the speed).
+class _Factors:
+    """Decay factors of a piece, R = B * H rows, g = log_decay <= 0 (full tiles: a broadcast operand would halve the speed).
 
-    mask (R, m, m): exp(g (a - b)) for a >= b, else 0.  query (R, m, 1): exp(g (a + 1)), how much of the incoming state
-    row a still sees.  key (R, m, 1): exp(g (m - 1 - b)), what is left of row b at the end of the chunk.
-    block (R, 1, 1): exp(g m). R = B * H rows, g = log_decay <= 0. Without decay all factors but the mask are None.
+    mask (R, 1, m, m): exp(g (a - b)) for a >= b, else 0.  query, query_v (R, 1, m, D or Dv): exp(g (a + 1)), how much of
+    the state before the chunk row a still sees.  key, key_v: exp(g (m - 1 - b)), what is left of row b after the chunk.
+    Over the G chunks of a piece: before (R, G, G) gives the state before each chunk from what each adds, end (R, 1, G) the
+    state after the piece, old (R, G + 1, 1) what is left there of the state before the piece.
+    Without decay query and key are None: nothing to multiply.
     """
 
-    def __init__(
-        self, log_decay: Tensor | None, rows: int, m: int, like: Tensor, dtype: torch.dtype, dim: int, value_dim: int
-    ):
-        steps = torch.arange(m, device=like.device, dtype=torch.float32 if like.device.type == "mps" else torch.float64)
-        distance = steps[:, None] - steps[None, :]
-        self.query = self.key = self.block = self.query_v = self.key_v = None
-        if log_decay is None:
-            self.mask = (distance >= 0).to(dtype).expand(rows, m, m).contiguous()
-            return
-        rate = log_decay.detach().to(steps.dtype)[:, None]  # exponents in float64: exact for any chunk length
-        repeat = rows // log_decay.shape[0]
+    def __init__(self, log_decay: Tensor | None, rows: int, piece: _Piece, like: Tensor, sizes: tuple[int, int]):
+        m, chunks, dtype = piece.size, piece.chunks, accumulate_dtype(like.dtype)
+        # exponents in float64, so that they are exact for chunks of any length
+        wide = torch.float32 if like.device.type == "mps" else torch.float64
+        steps = torch.arange(max(m, chunks + 1), device=like.device, dtype=wide)
+        rate = steps.new_zeros(1) if log_decay is None else log_decay.detach().to(wide)
+        rate = rate.repeat(rows // rate.shape[0])[:, None, None]
 
-        def full(exponent: Tensor, *shape: int) -> Tensor:
-            return exponent.exp().to(dtype).repeat(repeat, *(1 for _ in shape)).reshape(rows, *shape)
+        def weight(distance: Tensor) -> Tensor:
+            return (rate * distance.clamp(min=0)).masked_fill(distance < 0, float("-inf")).exp().to(dtype)
 
-        self.mask = full((rate[..., None] * distance.clamp(min=0)).masked_fill(distance < 0, float("-inf")), m, m)
-        query, key = full(rate * (steps + 1), m)[..., None], full(rate * (m - 1 - steps), m)[..., None]
-        self.query, self.key = query.expand(-1, -1, dim).contiguous(), key.expand(-1, -1, dim).contiguous()
-        self.query_v, self.key_v = (
-            query.expand(-1, -1, value_dim).contiguous(),
-            key.expand(-1, -1, value_dim).contiguous(),
-        )
-        self.block = full(rate * m, 1)[..., None].expand(-1, dim, value_dim).contiguous()
-
-
-def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
+        tokens, blocks = steps[:m], steps[: chunks + 1]
+        self.mask = weight(tokens[:, None] - tokens)[:, None]
+        between = weight((blocks[:, None] - 1 - blocks[:chunks]) * m)  # (R, G + 1, G)
+        self.before, self.end = between[:, :chunks].contiguous(), between[:, chunks:].contiguous()
+        self.old = weight(blocks[:, None] * m)
+        self.query = self.key = self.query_v = self.key_v = None
+        if log_decay is not None:
+            query, key = weight(tokens[:, None] + 1)[:, None], weight(m - 1 - tokens[:, None])[:, None]
+            self.query, self.query_v = (query.expand(-1, 1, m, size).contiguous() for size in sizes)
+            self.key, self.key_v = (key.expand(-1, 1, m, size).contiguous() for size in sizes)
 
 
 class _Plan:
-    """Chunk boundaries of one call and the factors of its full and of its last, shorter chunk."""
+    """How a call is cut into pieces, and how tiles and states of a piece are made."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, chunk: int):
-        self.batch, self.heads, self.length, self.dim = q.shape
+        self.batch, self.heads, length, self.dim = q.shape
         self.value_dim, self.kv_heads = v.shape[-1], k.shape[1]
         self.groups = self.heads // self.kv_heads
         self.rows = self.batch * self.heads
         self.dtype = accumulate_dtype(q.dtype)
-        self.chunk = max(1, min(chunk, self.length))
-        self.count = -(-self.length // self.chunk)
+        chunk = max(1, min(chunk, length))
+        # Some chunks at a time: few large products instead of many small ones, still small enough for the cache.
+        together = max(1, min(16, _TILES_AT_ONCE // max(1, self.rows)))
+        full, tail = divmod(length, chunk)
+        whole, rest = divmod(full, together)
+        sizes = [(together, chunk)] * whole + [(rest, chunk)] * (rest > 0) + [(1, tail)] * (tail > 0)
+        self.pieces, start = [], 0
+        for count, size in sizes:
+            self.pieces.append(_Piece(start, start + count * size, count, size))
+            start += count * size
+        shapes = {piece[2:]: piece for piece in self.pieces}
+        self._factors = {
+            shape: _Factors(log_decay, self.rows, piece, q, (self.dim, self.value_dim))
+            for shape, piece in shapes.items()
+        }
 
-        def weights(m: int) -> _Weights:
-            return _Weights(log_decay, self.rows, m, q, self.dtype, self.dim, self.value_dim)
+    def factors(self, piece: _Piece) -> _Factors:
+        return self._factors[piece[2:]]
 
-        tail = self.length - (self.count - 1) * self.chunk if self.count else 0
-        self.full = weights(self.chunk) if self.count > 1 or tail == self.chunk else None
-        self.tail = self.full if tail == self.chunk or not self.count else weights(tail)
+    def tiles(self, x: Tensor, piece: _Piece) -> Tensor:
+        """The chunks of x (B, H or Hkv, N, D) in this piece, (R * G, m, D) in the accumulation dtype."""
+        part = expand_heads(x[:, :, piece.start : piece.stop].to(self.dtype), self.heads // x.shape[1])
+        return part.reshape(-1, piece.size, x.shape[-1])
 
-    def tiles(self, x: Tensor) -> _Tiles:
-        return _Tiles(x, self.heads // x.shape[1], self.chunk, self.dtype)
+    def put(self, target: Tensor, tiles: Tensor, piece: _Piece) -> None:
+        """Write tiles into target (B, H or Hkv, N, D); the heads that read one kv head are summed."""
+        part = tiles.view(self.batch, target.shape[1], -1, piece.stop - piece.start, tiles.shape[-1])
+        target[:, :, piece.start : piece.stop] = part.squeeze(2) if part.shape[2] == 1 else part.sum(2)
 
-    def sweep(self, backwards: bool = False) -> Iterator[tuple[int, Any]]:
-        order = range(self.count - 1, -1, -1) if backwards else range(self.count)
-        for i in order:
-            yield i, (self.tail if i == self.count - 1 else self.full)
+    def scale(self, tiles: Tensor, factor: Tensor | None) -> Tensor:
+        if factor is None:
+            return tiles
+        return (tiles.view(self.rows, -1, *tiles.shape[1:]) * factor).view(tiles.shape)
+
+    def scores(self, left: Tensor, right: Tensor, mask: Tensor) -> Tensor:
+        """left right^T inside each chunk, times the decays."""
+        scores = torch.bmm(left, right.transpose(1, 2))
+        scores.view(self.rows, -1, *scores.shape[1:]).mul_(mask)
+        return scores
+
+    def walk(
+        self, running: Tensor, left: Tensor, right: Tensor, w: _Factors, backwards: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """States before each chunk (R * G, D, Dv) when each adds left^T right, and the running state after all of them.
+
+        Backwards, "before" means to the right: the same sums from the last chunk to the first.
+        """
+        added = torch.bmm(left.transpose(1, 2), right)
+        chunks = w.before.shape[1]
+        if chunks == 1:
+            return running, torch.addcmul(added, running, w.old[:, 1:])
+        between, end, old = w.before, w.end, w.old
+        if backwards:
+            between, end, old = between.flip(1, 2), end.flip(2), torch.cat([old[:, :-1].flip(1), old[:, -1:]], dim=1)
+        added, start = added.view(self.rows, chunks, -1), running.view(self.rows, 1, -1)
+        before = torch.baddbmm(old[:, :-1] * start, between, added)
+        after = torch.baddbmm(old[:, -1:] * start, end, added)
+        return before.view(-1, *running.shape[1:]), after.view(running.shape)
 
     def start(self, state: Tensor | None, like: Tensor) -> Tensor:
-        """A private copy of the running state, (R, D, Dv)."""
+        """The running state (R, D, Dv)."""
         if state is None:
             return torch.zeros(self.rows, self.dim, self.value_dim, dtype=self.dtype, device=like.device)
-        return state.to(self.dtype).reshape(self.rows, self.dim, self.value_dim).clone()
+        return state.to(self.dtype).reshape(self.rows, self.dim, self.value_dim)
 
-
-def _advance(state: Tensor, left: Tensor, right: Tensor, block: Tensor | None) -> None:
-    """state <- block * state + left^T right, in place."""
-    if block is not None:
-        state.mul_(block)
-    state.baddbmm_(left.transpose(1, 2), right)
+    def finish(self, running: Tensor) -> Tensor:
+        return running.unflatten(0, (self.batch, self.heads))
 
 
 class _ChunkFixed(torch.autograd.Function):
-    """Forward and backward of the chunk form with no decay or one fixed decay per head (see the card of paper 124)."""
+    """Forward and backward of the chunk form with no decay or one fixed decay per head."""
 
     @staticmethod
     def forward(
@@ -148,71 +168,62 @@ class _ChunkFixed(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         plan = _Plan(q, k, v, log_decay, chunk)
-        out = torch.empty(plan.rows, plan.length, plan.value_dim, dtype=dtype, device=q.device)
+        out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype)
         running = plan.start(state, q)
-        qs, ks, vs, outs = plan.tiles(q), plan.tiles(k), plan.tiles(v), out.split(plan.chunk, dim=1)
-        for i, w in plan.sweep():
-            qc, kc, vc = qs[i], ks[i], vs[i]
-            scores = torch.bmm(qc, kc.transpose(1, 2)).mul_(w.mask)
-            tile = torch.bmm(scores, vc)
-            tile.baddbmm_(_scaled(qc, w.query), running)
-            outs[i].copy_(tile)  # a product written straight into a strided slice would leave the batched kernel
-            _advance(running, _scaled(kc, w.key), vc, w.block)
+        for piece in plan.pieces:
+            w = plan.factors(piece)
+            qt, kt, vt = (plan.tiles(x, piece) for x in (q, k, v))
+            before, running = plan.walk(running, plan.scale(kt, w.key), vt, w)
+            tiles = torch.bmm(plan.scores(qt, kt, w.mask), vt)
+            plan.put(out, tiles.baddbmm_(plan.scale(qt, w.query), before), piece)
         ctx.save_for_backward(q, k, v, log_decay, state)
         ctx.chunk = chunk
-        shape = (plan.batch, plan.heads)
-        return out.unflatten(0, shape), running.unflatten(0, shape)
+        return out, plan.finish(running)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, state = ctx.saved_tensors
-        plan = _Plan(q, k, v, log_decay, ctx.chunk)
         need_q, need_k, need_v, _, need_state = ctx.needs_input_grad[:5]
+        dq = dk = dv = dstate = None
         with no_autocast(q.device):
-            tiles = [plan.tiles(x) for x in (q, k, v, grad_out)]
-            dq = _sweep_right(plan, tiles, state, q) if need_q else None
-            dk, dv, dstate = (
-                _sweep_left(plan, tiles, grad_state, k, v) if need_k or need_v or need_state else (None,) * 3
-            )
+            plan = _Plan(q, k, v, log_decay, ctx.chunk)
+            if need_q:
+                dq = _sweep_right(plan, q, k, v, grad_out, state)
+            if need_k or need_v or need_state:
+                dk, dv, dstate = _sweep_left(plan, q, k, v, grad_out, grad_state)
         return dq, dk, dv, None, dstate if need_state else None, None, None
 
 
-def _sweep_right(plan: _Plan, tiles: list[_Tiles], state: Tensor | None, q: Tensor) -> Tensor:
-    """dQ, left to right: the states are made again on the way, so none is kept."""
-    _, ks, vs, gs = tiles
-    dq = torch.empty(plan.rows, plan.length, plan.dim, dtype=q.dtype, device=q.device)
-    outs = dq.split(plan.chunk, dim=1)
+def _sweep_right(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, state: Tensor | None) -> Tensor:
+    """dQ, left to right: the states are made again on the way, so none is kept between the passes."""
+    dq = torch.empty_like(q)
     running = plan.start(state, q)
-    for i, w in plan.sweep():
-        kc, vc, gc = ks[i], vs[i], gs[i]
-        tile = torch.bmm(torch.bmm(gc, vc.transpose(1, 2)).mul_(w.mask), kc)
-        tile.baddbmm_(_scaled(gc, w.query_v), running.transpose(1, 2))
-        outs[i].copy_(tile)
-        if i + 1 < plan.count:
-            _advance(running, _scaled(kc, w.key), vc, w.block)
-    return dq.unflatten(0, (plan.batch, plan.heads))
+    for piece in plan.pieces:
+        w = plan.factors(piece)
+        kt, vt, gt = (plan.tiles(x, piece) for x in (k, v, grad_out))
+        before, running = plan.walk(running, plan.scale(kt, w.key), vt, w)
+        tiles = torch.bmm(plan.scores(gt, vt, w.mask), kt)
+        plan.put(dq, tiles.baddbmm_(plan.scale(gt, w.query_v), before.transpose(1, 2)), piece)
+    return dq
 
 
 def _sweep_left(
-    plan: _Plan, tiles: list[_Tiles], grad_state: Tensor, k: Tensor, v: Tensor
+    plan: _Plan, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dK, dV and the gradient of the incoming state, right to left along the gradient of the state."""
-    qs, ks, vs, gs = tiles
-    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    dks, dvs = dk.split(plan.chunk, dim=2), dv.split(plan.chunk, dim=2)
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
     running = plan.start(grad_state, k)
-    for i, w in plan.sweep(backwards=True):
-        qc, kc, vc, gc = qs[i], ks[i], vs[i], gs[i]
-        back = torch.bmm(vc, gc.transpose(1, 2)).mul_(w.mask.transpose(1, 2))
-        tile_k = torch.bmm(back, qc).baddbmm_(_scaled(vc, w.key_v), running.transpose(1, 2))
-        scores = torch.bmm(kc, qc.transpose(1, 2)).mul_(w.mask.transpose(1, 2))
-        tile_v = torch.bmm(scores, gc).baddbmm_(_scaled(kc, w.key), running)
-        for target, tile in ((dks[i], tile_k), (dvs[i], tile_v)):
-            tile = tile.unflatten(0, (plan.batch, plan.kv_heads, plan.groups))
-            target.copy_(tile.squeeze(2) if plan.groups == 1 else tile.sum(2))
-        _advance(running, _scaled(qc, w.query), gc, w.block)
-    return dk, dv, running.unflatten(0, (plan.batch, plan.heads))
+    for piece in reversed(plan.pieces):
+        w = plan.factors(piece)
+        qt, kt, vt, gt = (plan.tiles(x, piece) for x in (q, k, v, grad_out))
+        after, running = plan.walk(running, plan.scale(qt, w.query), gt, w, backwards=True)
+        mask = w.mask.transpose(-1, -2)
+        tiles = torch.bmm(plan.scores(vt, gt, mask), qt)
+        plan.put(dk, tiles.baddbmm_(plan.scale(vt, w.key_v), after.transpose(1, 2)), piece)
+        tiles = torch.bmm(plan.scores(kt, qt, mask), gt)
+        plan.put(dv, tiles.baddbmm_(plan.scale(kt, w.key), after), piece)
+    return dk, dv, plan.finish(running)
 
 
 def chunk_fixed(
