@@ -49,7 +49,9 @@ def test_encoder_decoder_and_cross_attention():
     model, given = eager("whisper"), inputs("whisper")
     expected = model(**given, output_attentions=True)
     record = regard.record(model, given, logits=True)
-    assert record.tower == "decoder" and record.layers == record.layers_of("cross") == record.layers_of(tower="encoder") == [0, 1]
+    assert record.tower == "decoder" and record.layers == record.layers_of("cross") == record.layers_of(
+        tower="encoder"
+    ) == [0, 1]
     for layer in range(2):
         close(record.weights(layer), expected.decoder_attentions[layer])
         close(record.weights(layer, kind="cross"), expected.cross_attentions[layer])
@@ -70,9 +72,13 @@ def test_only_what_is_wanted_is_kept():
     everything = regard.record(model, given)
     assert everything.call(1).v.numel() == 0 and everything.k(1).shape == (2, 2, 17, 8)
     assert torch.equal(everything.q(2)[:, 2:], record.q(2)) and torch.equal(everything.k(2)[:, [1, 1]], record.k(2))
+    assert {tower for tower, _, _ in regard.record(eager("llava"), inputs("llava"), heads=[0]).calls} == {"text"}
     towers = regard.record(eager("llava"), inputs("llava"), towers=["vision"])
     assert {tower for tower, _, _ in towers.calls} == {"vision"}
-    close(towers.weights(0, heads=1, tower="vision"), regard.record(eager("llava"), inputs("llava")).weights(0, heads=1, tower="vision"))
+    close(
+        towers.weights(0, heads=1, tower="vision"),
+        regard.record(eager("llava"), inputs("llava")).weights(0, heads=1, tower="vision"),
+    )
 
 
 @dataclass
@@ -91,7 +97,9 @@ class Everything(regard.Method):
         return regard.ops.Selection.from_block_map(chosen, block_q=4, block_k=4, q_len=call.q_len, kv_len=call.kv_len)
 
     def edit(self, call):
-        call.add_bias(torch.linspace(0, 1, call.kv_len).expand(1, call.num_heads, 1, -1) * torch.arange(4).view(1, 4, 1, 1))
+        call.add_bias(
+            torch.linspace(0, 1, call.kv_len).expand(1, call.num_heads, 1, -1) * torch.arange(4).view(1, 4, 1, 1)
+        )
         call.scale_keys(3, 2.0, heads=[1])
 
 
