@@ -33,7 +33,12 @@ def _s2(budget: int | float, context: int) -> dict[str, Any]:
     tokens = resolve_budget("budget", budget, context)
     block = 32
     local = max(1, tokens // 2 // block)
-    return {"block_size": block, "local_blocks": local, "stride": max(2, round(context / max(block, tokens // 2)))}
+    return {
+        "block_size": block,
+        "local_blocks": local,
+        "stride": max(2, round(context / max(block, tokens // 2))),
+        "sink": SINK,
+    }
 
 
 _NO_BUDGET: Callable[[int | float, int], dict[str, Any]] = lambda budget, context: {}  # noqa: E731

@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._checks import require, require_name, require_tensor
-from ..ops import attention, masks
+from ..ops import masks
+from ..ops.attention import attention
 
 
 def duo_mixed_attention(

@@ -48,8 +48,9 @@ def _time(out: Outcome, scale: Scale, length: int, heads: int, block: int) -> No
     out.add("causal dense", "time", "s", found["causal dense"])
     for stride, mask in made.items():
         row = out.add(f"stride {stride}", "time", "s", found[f"stride {stride}"], against="causal dense")
-        pattern = masks.head_sharded(heads, 1, local, stride).materialize(length // block, length // block)[0]
-        causal = torch.ones(length // block, length // block).tril().bool()
+        blocks = length // block
+        pattern = masks.head_sharded(heads, 1, local, stride).materialize(blocks, blocks, num_heads=heads)[0]
+        causal = torch.ones(blocks, blocks).tril().bool()
         density = float(pattern.sum() / (heads * causal.sum()))
         out.add(f"stride {stride}", "density of the causal half", "", density)
         backend = attention_backend(q, k, v, mask=mask)
@@ -74,8 +75,10 @@ def _quality(out: Outcome, scale: Scale, context: int) -> None:
     shape = {"block_size": 16, "local_blocks": 4, "stride": stride}
     ways: dict[str, S2Attention | None] = {
         "dense": None,
-        "own columns per head": S2Attention(**shape),
-        "equal columns": S2Attention(**shape, homogeneous=True),
+        OWN: S2Attention(**shape),
+        EQUAL: S2Attention(**shape, homogeneous=True),
+        OWN + KEPT: FirstBlockKept(**shape),
+        EQUAL + KEPT: FirstBlockKept(**shape, homogeneous=True),
     }
     windows = token_windows(tokenizer, context, scale.pick(3, 1))
     prompts = [needle_prompt(tokenizer, context, depth, number) for number in range(3) for depth in (0.3, 0.6)]

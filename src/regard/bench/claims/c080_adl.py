@@ -89,9 +89,8 @@ def measure(scale: Scale) -> Outcome:
     before, after = (out.row(label, figures[0]).mean for label in found)
     out.check("cosine of attention rows with ADL, of that without", after / max(before, 1e-9), at_most=0.9)
     before, after = (out.row(label, figures[1]).mean for label in found)
-    out.check(
-        "the loss itself (rows cut off at twice the uniform weight), of that without", after / before, at_most=0.9
-    )
+    what = "the loss itself (rows cut off at twice the uniform weight), of that without"
+    out.check(what, after / max(before, 1e-9), at_most=0.9)
     gains = [out.row("with ADL", figure).mean - out.row("without ADL", figure).mean for figure in figures[2:]]
     out.check("clean accuracy gained", gains[0], at_least=-0.01, digits=3)
     out.check("accuracy gained under the strongest noise", gains[-1], at_least=0.0, digits=3)
