@@ -7,13 +7,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from regard.bench.claims import MODULES, get_claim
+from regard.bench.claims import MODULES, get_claim, language
+from regard.bench.claims import c011_hip as hip
+from regard.bench.claims import c068_duo_attention as duo
+from regard.bench.claims import c080_adl as adl
 from regard.bench.claims.claim import Claim, Outcome, Scale, measured_line, number, run, save
 from regard.bench.claims.memory import peak_bytes
 from regard.bench.claims.timing import slope, times
 from regard.bench.claims_command import note, write_table
+from regard.bench.text import needle_prompt, token_windows
 from regard.cli import app
-from regard.integrations.transformers import _USED, session_of
+from regard.integrations.transformers import _USED, attach, session_of
+from regard.lens.record import record
+from regard.methods.caches import DuoAttention, kv_bytes
 from regard.papers import load_catalog
 from tiny import CharTokenizer, tiny_llama
 
@@ -145,6 +151,67 @@ def test_peak_memory_counts_what_is_alive_at_once():
     assert peak_bytes(lambda: x + 1) == pytest.approx(1e6, rel=0.01)
     assert peak_bytes(lambda: (x + 1) + (x + 2)) == pytest.approx(3e6, rel=0.01)
     assert peak_bytes(lambda: [x + i for i in range(3)]) == pytest.approx(3e6, rel=0.01)
+
+
+# What the measurements rest on
+
+
+def test_one_forward_and_decoding_give_the_same_log_probability(scale):
+    model, tokenizer = scale.language_model()
+    prompt, answer = needle_prompt(tokenizer, 160, 0.5)
+    cache = language.filled_cache(model, prompt[:-1])
+    length = cache.get_seq_length()
+    decoded = language.decoded_log_prob(model, cache, prompt[-1], answer)
+    assert decoded == pytest.approx(language.answer_log_prob(model, prompt, answer), abs=1e-4)
+    assert cache.get_seq_length() == length  # decoding works on a copy
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+    want = sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+    assert decoded == pytest.approx(want, abs=1e-4)
+
+
+def test_caches_filled_from_a_dense_one_decode_alike(scale):
+    """068: a full ragged cache gives the dense numbers, half of it streaming is half of the storage, and neither touches the model."""
+    model, tokenizer = scale.language_model()
+    ids = token_windows(tokenizer, 300, 1)[0]
+    dense = language.filled_cache(model, ids[:-1])
+    sizes = []
+    for share in (1.0, 0.5):
+        method = DuoAttention(share, duo._every_other(model.config, share), 4, 16)
+        twin = duo._twin(model)
+        assert all(mine is its for mine, its in zip(model.parameters(), twin.parameters()))
+        with attach(twin, method) as session, torch.no_grad():
+            cache = session.new_cache()
+            duo._fill(twin, method, cache, dense)
+            sizes.append(kv_bytes(cache))
+            assert sum(int(layer.streaming.sum()) for layer in cache.layers) == round((1 - share) * 6)
+            logits = twin(torch.tensor([ids[-1:]]), past_key_values=cache, use_cache=True).logits
+        if share == 1.0:
+            torch.testing.assert_close(logits[0, -1], model(torch.tensor([ids])).logits[0, -1], rtol=1e-4, atol=1e-5)
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_attention_mass_is_a_share_and_the_best_keys_read_most(scale):
+    model, tokenizer = scale.language_model()
+    seen = record(model, torch.tensor([token_windows(tokenizer, 256, 1)[0]]), layers=[1])
+    found = hip._masses(seen, 1, 64, 16)
+    assert len(found) == 4
+    for share, rest in found.values():
+        assert 0 < share <= found["best keys"][0] <= 1 and 0 < rest <= 1 + 1e-6
+
+
+def test_drawn_shapes_differ_by_class():
+    images, kinds = adl.shapes(64, torch.Generator().manual_seed(0))
+    assert images.shape == (64, 1, 32, 32) and set(kinds.tolist()) == {0, 1, 2, 3}
+    bright = (images > 0.5).float().mean((1, 2, 3))
+    ring, disc = bright[kinds == 1].mean(), bright[kinds == 0].mean()
+    assert ring < disc
+
+
+def test_row_cosine():
+    alike = torch.full((1, 2, 4, 4), 0.25)
+    assert adl.row_cosine([alike]) == pytest.approx(1.0)
+    assert adl.row_cosine([torch.eye(4).expand(1, 2, 4, 4)]) == pytest.approx(0.0)
 
 
 # The command

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from families import CAUSAL, FAMILIES, build, inputs, main_output
@@ -140,3 +142,37 @@ def test_custom_masks_pass():
         before = model(ids, **options).logits
         with regard.attach(model):
             assert relative(model(ids, **options).logits, before) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name, kinds",
+    [
+        ("llama", {"(causal & padding)"}),
+        ("mistral", {"((causal & sliding_window(8)) & padding)"}),
+        ("gemma3", {"(causal & padding)", "((causal & sliding_window(8)) & padding)"}),
+        ("bert", {"(everything & padding)"}),
+    ],
+)
+@torch.no_grad()
+def test_masks_are_understood(name, kinds):
+    """The N x M matrix of a padded batch is recognised for what it is, so that kernels can skip blocks; else it stays a matrix."""
+    model, given, seen = build(name), inputs(name), set()
+
+    def look(call):
+        structure = call.mask.structure
+        assert torch.equal(structure.materialize(17, 17, batch=2), call.mask)
+        assert call.start.tolist() == [5, 0]
+        seen.add(re.sub(r"padding\([^)]*\)", "padding", repr(structure)))
+
+    with regard.attach(model) as session:
+        session.observers.append(look)
+        model(**given)
+        assert seen == kinds
+        session.observers.clear()
+        session.observers.append(lambda call: seen.add(call.mask is None or call.mask.structure is None))
+        seen.clear()
+        holes = given["attention_mask"].clone()
+        holes[1, 3] = 0
+        joined = model(**given | {"attention_mask": holes})
+        assert seen == {True}
+    assert relative(main_output(joined), main_output(model(**given | {"attention_mask": holes}))) <= TOLERANCE

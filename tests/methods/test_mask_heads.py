@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 from transformers import BloomConfig, LlamaConfig, LlamaForCausalLM
 
 import regard
@@ -175,3 +176,29 @@ def test_a_model_that_joining_does_not_serve_says_so():
     model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4))
     with pytest.raises(ValueError, match="AttentionInterface"):
         regard.attach(model, MaskHeads([(0, 1)]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2"])
+def test_decode_steps_are_recognised_in_other_families(family, ids):
+    """Where the cache is handed on under another name, a decode step must still be known for one."""
+    common = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    sizes = {**common, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    if family == "gpt2":
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, **common))
+    elif family == "gpt_neox":
+        model = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**sizes))
+    else:
+        model = hf.Gemma2ForCausalLM(hf.Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, sliding_window=6))
+    model.eval()
+    every = [(layer, head) for layer in range(2) for head in range(4)]
+    with regard.attach(model):
+        plain = model.generate(ids, **GREEDY).logits
+    seen, masked = calls_of(model, MaskHeads(every), lambda m: m.generate(ids, **GREEDY).logits)
+    assert [call.phase for call in seen] == ["prefill"] * 2 + ["decode"] * 6
+    torch.testing.assert_close(masked[0], plain[0], rtol=1e-5, atol=1e-6)
+    assert (masked[1] - plain[1]).abs().max() > 1e-6
+    for call in seen[2:]:
+        weights = call.weights()
+        visible = weights > 0
+        torch.testing.assert_close(weights, visible / visible.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from regard.bench.ops_state import measure_linear
 from regard.ops import LinearState, linear_attention, linear_attention_backend, linear_attention_decode
 from regard.ops.state import (
     alibi_slopes,
@@ -160,6 +161,26 @@ def test_hand_written_backward_at_odd_lengths(length, chunk_size):
     decay = torch.tensor([-0.4, -2.0], dtype=torch.float64)
     run = lambda q, k, v: linear_attention(q, k, v, log_decay=decay, form="chunk", chunk_size=chunk_size)  # noqa: E731
     assert torch.autograd.gradcheck(run, (q, k, v))
+
+
+@pytest.mark.parametrize("heads,kv_heads,length", [(1, 1, 300), (6, 2, 95), (70, 70, 20)])
+@pytest.mark.parametrize("decay", [False, True])
+def test_many_chunks_at_once(heads, kv_heads, length, decay):
+    """The chunk form takes several chunks together, fewer the more heads there are: values and gradients across all seams."""
+    inputs = make(batch=1, heads=heads, kv_heads=kv_heads, length=length, dim=3, value_dim=4)
+    log_decay = decay_of("head", inputs[0]) / 8 if decay else None
+    results = []
+    for form in ("chunk", "parallel"):
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        state = state_of(q, v)
+        state.kv.requires_grad_()
+        out, end = linear_attention(
+            q, k, v, log_decay=log_decay, state=state, return_state=True, form=form, chunk_size=4
+        )
+        (out.sin().sum() + end.kv.cos().sum()).backward()
+        results.append([out, end.kv, q.grad, k.grad, v.grad, state.kv.grad])
+    for got, want in zip(*results):
+        assert error(got, want) < 1e-11
 
 
 def test_learned_decay_per_head_has_a_gradient_in_every_form():
@@ -335,6 +356,16 @@ def test_the_chunk_form_saves_its_inputs_and_nothing_else():
         chunk_fixed(q, k, v, -alibi_slopes(4), None, 16, torch.float32)
     assert {x.data_ptr() for x in saved} >= {x.data_ptr() for x in (q, k, v)}
     assert sum(x.nbytes for x in saved) == q.nbytes + k.nbytes + v.nbytes + 16
+
+
+def test_the_measurement_and_the_measured_memory():
+    """Beside inputs and results, the chunk form allocates the same at every length."""
+    rows = measure_linear(96, num_heads=2, head_dim=8, repeats=1, scaling=(2048, 6144))
+    assert [row["kind"] for row in rows] == ["speed"] * 4 + ["scaling"] * 4 + ["memory"] * 4
+    assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows[:4])
+    short_forward, long_forward, short_both, long_both = (row["extra_bytes"] for row in rows[8:])
+    assert 0 < short_forward == long_forward < 1e6
+    assert 0 < short_both == long_both < 1e6
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -76,7 +76,7 @@ def _measure(ids: list[str], out: Path, quick: bool, model: str) -> None:
         words += ["--quick"] * quick + (["--model", model] if model != "smollm2-135m" else [])
         try:
             record = run(claim, scale, shlex.join(words))
-        except (ValueError, TypeError, ImportError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
             failed.append(paper)
             console(stderr=True).print(f"[red]{paper} could not be measured[/red]: {error}")
             continue

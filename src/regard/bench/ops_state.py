@@ -50,9 +50,7 @@ def measure_linear(
     shape = (batch, num_heads, seq_len, head_dim)
     dense = {what: _dense(shape, dtype, device, seed, what) for what in _PASSES}
     linear = {
-        (name, what): _linear(shape, dtype, device, seed, what, decay)
-        for name, decay in _VARIANTS
-        for what in _PASSES
+        (name, what): _linear(shape, dtype, device, seed, what, decay) for name, decay in _VARIANTS for what in _PASSES
     }
     times = _interleaved({("dense", what): run for what, run in dense.items()} | linear, repeats, device)
     q = torch.empty(shape, dtype=dtype, device=device)

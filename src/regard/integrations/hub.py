@@ -130,5 +130,7 @@ def _pretrained(source: str, dtype: Any, options: dict[str, Any]) -> tuple[Any, 
         return AutoModelForCausalLM.from_pretrained(source, **options), tokenizer
     except (ImportError, TypeError):  # of the caller's making
         raise
-    except Exception as error:  # readers of damaged files raise what they like: struct.error, SafetensorError, JSON errors, ...
+    except (
+        Exception
+    ) as error:  # readers of damaged files raise what they like: struct.error, SafetensorError, JSON errors, ...
         raise ModelFileError(f"model: {source} could not be loaded: {type(error).__name__}: {error}") from error

@@ -11,22 +11,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import masks
+
 
 def attention_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The bool mask (B, 1, N, M) that the model asks for, True = may attend, or None where "causal" or "everything" says it all.
 
     Same arguments as transformers' `sdpa_mask`, whose rules for leaving the N x M matrix out are followed exactly: None for a
-    causal layer means bottom-right causal with no padding in sight. The padding (B, tokens) that went into a mask stays known
-    as its attribute `padding`: a sliding window of keys no longer shows it.
+    causal layer means bottom-right causal with no padding in sight. What a bool matrix no longer tells stays known in attributes
+    of the tensor: `padding` (B, tokens), which a sliding window of keys cuts off, and `structure`, a `regard.masks.Mask` that is
+    equal to the matrix and lets the kernels skip blocks without reading it.
     """
     from transformers.masking_utils import sdpa_mask
 
     mask = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
-    if mask is not None and attention_mask is not None:
+    if mask is not None:
         mask.padding = attention_mask  # type: ignore[attr-defined]
-    elif mask is not None:  # no padding at all, which the mask of a sliding window alone could not tell
-        mask.start = torch.zeros(1, dtype=torch.long, device=mask.device)  # type: ignore[attr-defined]
+        if mask.shape[2] > 1 and not torch.compiler.is_compiling():
+            q_offset, kv_offset = int(kwargs.get("q_offset", 0)), int(kwargs.get("kv_offset", 0))
+            mask.structure = find_structure(mask, attention_mask, q_offset, kv_offset, kwargs.get("local_size"))  # type: ignore[attr-defined]
     return mask
+
+
+def find_structure(
+    mask: Tensor, padding: Tensor | None, q_offset: int, kv_offset: int, window: int | None
+) -> masks.Mask | None:
+    """The composition of causality, sliding window and padding that equals `mask`, in columns of `mask`; None if there is none.
+
+    Made from what the model says and then compared entry by entry, once a forward, so it can never be something else.
+    """
+    batch, _, q_len, kv_len = mask.shape
+    real = None
+    if padding is not None and not bool(padding.all()):
+        real = padding.to(torch.uint8)
+        first, count = real.argmax(-1), real.sum(-1)
+        real = masks.padding((first + count - kv_offset).clamp(min=0), start=(first - kv_offset).clamp(min=0))
+    shapes = [masks.causal, masks.everything] if window is None else [masks.causal & masks.sliding_window(window)]
+    for shape in shapes:
+        candidate = shape if real is None else shape & real
+        found = candidate.materialize(q_len, kv_len, batch=batch, q_offset=q_offset - kv_offset, device=mask.device)
+        if bool((found == mask).all()):
+            return candidate
+    return None
 
 
 def split_mask(mask: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -182,8 +182,8 @@ def _mark(session: Session, module: nn.Module, site: Site) -> None:
     session.on_detach(lambda: module.__dict__.pop(ATTRIBUTE))
 
     def remember_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        past = kwargs.get("past_key_values")
-        site.past = kwargs.get("past_key_value") if past is None else past
+        names = ("past_key_values", "past_key_value", "layer_past")  # the last is GPT-NeoX's
+        site.past = next((past for name in names if (past := kwargs.get(name)) is not None), None)
 
     session.on_detach(module.register_forward_pre_hook(remember_cache, with_kwargs=True).remove)
 

@@ -66,7 +66,7 @@ class HeadProfile:
 
 @torch.no_grad()
 def profile_heads(
-    model: nn.Module,
+    model: Any,
     inputs: Iterable[Inputs],
     labels: Iterable[Tensor] | None = None,
     *,
@@ -122,7 +122,7 @@ def profile_heads(
 
 @torch.no_grad()
 def tune_gamma(
-    model: nn.Module,
+    model: Any,
     inputs: Iterable[Inputs],
     labels: Iterable[Tensor] | None = None,
     *,

@@ -143,7 +143,7 @@ class NeedleHaystack:
     needles: Sequence[Needle] = NEEDLES
     text: str | None = None
     lengths: Sequence[int] = (256, 512)
-    depths: Sequence[float] = (10, 50, 90)
+    depths: Sequence[float] = (20, 80)
     reserve: int = 50
     question: str = QUESTION
     chat: bool | None = None
@@ -215,7 +215,8 @@ class NeedleHaystack:
 def _haystack_ids(tokenizer: Any, text: str, count: int) -> list[int]:
     """The first `count` tokens of the text, repeated as often as it takes."""
     require(bool(text.strip()), "text", text, "some text")
-    part, ids = text[: count * 12], []
+    part = text[: count * 12]
+    ids: list[int] = []
     while len(ids) < count:
         ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
         part = part + "\n" + (text if len(part) >= len(text) else text[: 2 * len(part)])

@@ -100,8 +100,8 @@ def retrieval_heads(
 
     Args:
         model: a decoder-only transformers model. tokenizer: its tokenizer.
-        samples: a `NeedleHaystack`, or samples of one. None: three needles at 256 and 512 tokens and three depths, 18 runs (about
-            a minute for 135M parameters on two CPU cores); `NeedleHaystack.paper()` is the authors' grid.
+        samples: a `NeedleHaystack`, or samples of one. None: three needles at 256 and 512 tokens and two depths, 12 runs (about a
+            minute for 135M parameters on one CPU core); `NeedleHaystack.paper()` is the authors' grid.
         count: "steps" or "set", see `CopyCounter`. topk: keys of each head that count as looked at.
         max_new_tokens: longest answer; it ends earlier at a line break or end-of-text token.
         min_recall: a run counts if the ROUGE-1 recall of the needle's answer is above this.

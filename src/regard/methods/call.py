@@ -228,7 +228,7 @@ class AttentionCall:
         return row[number]
 
     def _columns(self, keys: int | slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Absolute key positions as columns of this call, and which of them there are: the cache may have dropped some, others come later."""
+        """Absolute key positions as columns of this call, and which of them there are: some may be dropped, some yet to come."""
         if isinstance(keys, slice):
             keys = torch.arange(self.seen)[keys]
         index = torch.as_tensor(keys, device=self.q.device).reshape(-1)
@@ -316,15 +316,20 @@ class AttentionCall:
         if own is None and self.causal and self.q_len > 1:
             own = masks.causal
         if isinstance(own, Tensor) and self._speaks_of_positions:
-            own = masks.dense(own, q_offset=self.q_offset)
+            structure = getattr(own, "structure", None)
+            own = masks.dense(own, q_offset=self.q_offset) if structure is None else structure
         if self.extra_mask is None:
             return own
         return self.extra_mask if own is None else own & self.extra_mask
 
     @property
     def _speaks_of_positions(self) -> bool:
-        """Whether something contributed needs to know positions; where a static cache is in use, finding out costs a sync."""
-        return self.extra_mask is not None or self.score_mod is not None
+        """Whether a mask or score mod needs to know positions; where a static cache is in use, finding out costs a sync."""
+        return (
+            self.extra_mask is not None
+            or self.score_mod is not None
+            or getattr(self.mask, "structure", None) is not None
+        )
 
     def bias(self) -> Tensor | None:
         """The sum of the additive contributions, broadcastable to (B, H, N, M), or None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -89,4 +90,9 @@ class Method:
     @classmethod
     def seams(cls) -> tuple[str, ...]:
         """The seams that this class claims: the hooks it overrides."""
-        return tuple(name for name in SEAMS if getattr(cls, name) is not getattr(Method, name))
+        return _claimed(cls)
+
+
+@cache
+def _claimed(kind: type[Method]) -> tuple[str, ...]:
+    return tuple(name for name in SEAMS if getattr(kind, name) is not getattr(Method, name))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from ...integrations.transformers import attach
+from ...methods.call import AttentionCall
 from ...methods.sparse.s2_attention import S2Attention
 from ...ops import masks
 from ...ops.attention import attention, attention_backend
+from ...ops.masks import Mask
 from ..text import needle_prompt, token_windows
 from .claim import Outcome, Scale
 from .language import answer_log_prob, token_log_probs
@@ -22,6 +25,8 @@ SAYS = (
     "S2-Attention: heads that keep different strided columns cover the whole context together; quality is better than with equal "
     "columns at the same density, and time follows density."
 )
+OWN, EQUAL, KEPT = "own columns per head", "equal columns", ", first block kept for all"
+PERPLEXITY, NEEDLE = "perplexity of the second half", "needle log-probability"
 
 
 def measure(scale: Scale) -> Outcome:
@@ -89,19 +94,27 @@ def _quality(out: Outcome, scale: Scale, context: int) -> None:
         with session:
             perplexity = [_perplexity(model, ids) for ids in windows]
             needle = [answer_log_prob(model, *prompt) for prompt in prompts[: scale.pick(6, 1)]]
-        out.add(label, "perplexity of the second half", "", perplexity, against=None if label == "dense" else "dense")
-        out.add(label, "needle log-probability", "nats", needle)
-    own, equal = (
-        out.row(label, "perplexity of the second half").mean for label in ("own columns per head", "equal columns")
-    )
-    out.check("perplexity with own columns over that with equal ones, untrained", own / equal, at_most=1.0)
-    own, equal = (out.row(label, "needle log-probability").mean for label in ("own columns per head", "equal columns"))
-    out.check("needle log-prob, lead over equal columns, nats", own - equal, at_least=0.0)
-    dense = out.row("dense", "needle log-probability").mean
+        out.add(label, PERPLEXITY, "", perplexity, against=None if label == "dense" else "dense")
+        out.add(label, NEEDLE, "nats", needle)
+    for kept in ("", KEPT):
+        own, equal = (out.row(label + kept, PERPLEXITY).mean for label in (OWN, EQUAL))
+        out.check(f"perplexity with own columns over that with equal ones, untrained{kept}", own / equal, at_most=1.0)
+        own, equal = (out.row(label + kept, NEEDLE).mean for label in (OWN, EQUAL))
+        out.check(f"needle log-prob, lead over equal columns{kept}, nats", own - equal, at_least=0.0)
+    dense = out.row("dense", NEEDLE).mean
     out.note = (
-        f"The paper trains with the pattern; here it is put on a dense model without training, stride {stride} on {stride} kv heads: "
-        f"needle {dense:.2f} nats dense, {own:.2f} own columns, {equal:.2f} equal ones."
+        f"The paper trains with the pattern; here it is put on a dense model without training, stride {stride} on {stride} kv heads. Equal "
+        f"columns hold the first block, the attention sink, for every head; own columns do so for one head in {stride} unless it is kept "
+        f"for all. Needle with it kept: {dense:.2f} nats dense, {own:.2f} own columns, {equal:.2f} equal ones."
     )
+
+
+@dataclass
+class FirstBlockKept(S2Attention):
+    """The pattern, and the first block for every head: what a densely trained model uses as its attention sink."""
+
+    def mask(self, call: AttentionCall) -> Mask:
+        return super().mask(call) | masks.sink(self.block_size)
 
 
 def _perplexity(model: Any, ids: list[int]) -> float:

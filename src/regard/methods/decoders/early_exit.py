@@ -35,7 +35,7 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """The blocks of the decoder, in order."""
     config = text_config(model)
     if getattr(config, "is_encoder_decoder", False):
@@ -51,7 +51,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise UnsupportedModelError(f"model: found no list of {count} layers in {type(model).__name__}")
 
 
-def candidate_layers(num_layers: int, layers: Sequence[int] | None = None) -> list[int]:
+def candidate_layers(num_layers: int, layers: Sequence[int] | None = None, argument: str = "candidates") -> list[int]:
     """Layer numbers to exit at, checked and made positive; None: every second one of the upper half, as in the authors' scripts
     (16, 18, ..., 30 of 32)."""
     if layers is None:
@@ -59,13 +59,13 @@ def candidate_layers(num_layers: int, layers: Sequence[int] | None = None) -> li
     numbers = [layer if layer >= 0 else num_layers + 1 + layer for layer in layers]
     if not numbers or not all(0 <= number <= num_layers for number in numbers):
         raise bad_value(
-            "candidates", list(layers), f"one or more layer numbers in [0, {num_layers}], counted as hidden states"
+            argument, list(layers), f"one or more layer numbers in [0, {num_layers}], counted as hidden states"
         )
     return numbers
 
 
 def early_exit_logits(
-    model: nn.Module, hidden: Tensor | Sequence[Tensor], layers: Sequence[int] | None = None, norm: bool = False
+    model: Any, hidden: Tensor | Sequence[Tensor], layers: Sequence[int] | None = None, norm: bool = False
 ) -> Tensor:
     """Logits that the output head gives for the hidden states of earlier layers.
 
@@ -96,7 +96,7 @@ def _through(model: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def _final_norm(model: nn.Module) -> nn.Module:
+def _final_norm(model: Any) -> nn.Module:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
         found = getattr(decoder, name, None)

@@ -85,25 +85,22 @@ class LargePiG(Method):
         require(self.contrast or self.pointer, "pointer", self.pointer, "True, or contrast=True: nothing is left to do")
         if self.normalize not in (True, False, "first"):
             raise bad_value("normalize", self.normalize, "True, False or 'first'")
-        if self.source is not None and not isinstance(self.source, (tuple, list, str, Tensor)):
-            raise bad_type(
-                "source", self.source, "a (begin, end) pair, the name of a span, a bool tensor (B, tokens) or None"
-            )
-        if isinstance(self.source, Tensor):
-            require(
-                self.source.dtype == torch.bool and self.source.dim() == 2,
-                "source",
-                self.source.dtype,
-                "a bool tensor (B, tokens)",
-            )
-        elif isinstance(self.source, (tuple, list)):
+        need = "a (begin, end) pair, the name of a span, a bool tensor (B, tokens) or None"
+        if isinstance(self.source, list):
             self.source = tuple(self.source)
-            key_mask(self.source, 1)
+        if isinstance(self.source, Tensor):
+            fits = self.source.dtype == torch.bool and self.source.dim() == 2
+            require(fits, "source", f"{self.source.dtype} of shape {tuple(self.source.shape)}", need)
+        elif isinstance(self.source, tuple):
+            fits = len(self.source) == 2 and isinstance(self.source[0], int) and isinstance(self.source[1], int | None)
+            require(fits, "source", self.source, need)
+        elif self.source is not None and not isinstance(self.source, str):
+            raise bad_type("source", self.source, need)
 
     def check(self, model: nn.Module) -> None:
         num_layers = len(early_exit.decoder_layers(model))
         early_exit.candidate_layers(num_layers, self.candidates)
-        early_exit.candidate_layers(num_layers, [self.mature])
+        early_exit.candidate_layers(num_layers, [self.mature], "mature")
         self.wanted_layers(num_layers)
 
     # Over many positions at once (scoring)
@@ -162,21 +159,13 @@ class LargePiG(Method):
         source = self.source
         if isinstance(source, str):
             spans = {} if session is None else session.spans
-            require(
-                source in spans,
-                "source",
-                source,
-                f"the name of a span given to attach(spans=...): {', '.join(spans) or 'none given'}",
-            )
+            need = f"the name of a span given to attach(spans=...): {', '.join(spans) or 'none given'}"
+            require(source in spans, "source", source, need)
             source = spans[source]
         if isinstance(source, Tensor):
             fits = batch % source.shape[0] == 0 and source.shape[1] <= length
-            require(
-                fits,
-                "source",
-                f"shape {tuple(source.shape)}",
-                f"rows that divide the batch, {batch}, and at most {length} tokens",
-            )
+            need = f"rows that divide the batch, {batch}, and at most {length} tokens"
+            require(fits, "source", f"shape {tuple(source.shape)}", need)
             mask = nn.functional.pad(source.to(prompt.device), (0, length - source.shape[1]))
             return mask.repeat_interleave(batch // source.shape[0], dim=0)
         mask = key_mask((0, None) if source is None else source, length, start=start, device=prompt.device)

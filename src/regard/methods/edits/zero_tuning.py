@@ -81,13 +81,9 @@ class ZeroTuning(Method):
         require(0 <= self.gamma < float("inf"), "gamma", self.gamma, "a finite number >= 0")
         require_int("key", self.key, 0)
         if self.span is not None:
-            self.span = tuple(self.span)  # type: ignore[assignment]
-            ok = (
-                len(self.span) == 2
-                and all(isinstance(end, int) for end in self.span)
-                and 0 <= self.span[0] <= self.span[1]
-            )  # type: ignore[arg-type, misc]
-            require(ok, "span", self.span, "a (start, end) pair of positions, 0 <= start <= end")
+            span = tuple(self.span)
+            fits = len(span) == 2 and all(isinstance(end, int) for end in span) and 0 <= span[0] <= span[1]
+            require(fits, "span", span, "a (start, end) pair of positions, 0 <= start <= end")
             require(self.key == 0, "key", self.key, "0 (the default) where a span is given")
         self._table = heads_by_layer(self.heads)
 

@@ -30,12 +30,10 @@ def forward(
     frame: Frame, pieces: Sequence[Piece], q: Tensor, k: Tensor, v: Tensor, want_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(out (B, H, N, Dv) in q's type, lse (B, H, N) or None)."""
-    whole = any(isinstance(piece, Gather) for piece in pieces)
+    whole, written = _extent(pieces)
     queries, keys, values = frame.rows(q), frame.keys(k), frame.keys(v)
-    out = frame.new_rows(v.shape[3], q.dtype, whole)
-    lse = frame.new_rows(1, frame.dtype, whole) if want_lse else None
-    if lse is not None:
-        lse.flat.fill_(-torch.inf)
+    out = frame.new_rows(v.shape[3], q.dtype, whole, written)
+    lse = frame.new_rows(1, frame.dtype, whole, written, -torch.inf) if want_lse else None
     noise = _Noise(frame)
     for piece in pieces:
         rows, their_keys = piece.rows(queries, frame, "q"), piece.keys(keys, frame, "k")
@@ -63,10 +61,10 @@ def backward(
     tensors: Sequence[Tensor],
 ) -> Grads:
     """Gradients of q, k, v, bias (as `wanted` says) and of the score mod's `tensors`, by computing the weights once more."""
-    whole = any(isinstance(piece, Gather) for piece in pieces)
+    whole, written = _extent(pieces)
     queries, keys, values, upstream = frame.rows(q), frame.keys(k), frame.keys(v), frame.rows(grad_out)
     upstream_lse = None if grad_lse is None else frame.rows(grad_lse[..., None].to(frame.dtype))
-    dq = frame.new_rows(q.shape[3], q.dtype, whole) if wanted[0] else None
+    dq = frame.new_rows(q.shape[3], q.dtype, whole, written) if wanted[0] else None
     dk = frame.new_keys(k.shape[3], whole) if wanted[1] else None
     dv = frame.new_keys(v.shape[3], whole) if wanted[2] else None
     bias, scale = frame.options.bias, frame.options.scale
@@ -111,6 +109,12 @@ def backward(
         None if dbias is None or bias is None else dbias.to(bias.dtype),
         dtensors,
     )
+
+
+def _extent(pieces: Sequence[Piece]) -> tuple[bool, int]:
+    """Whether results are stored by whole query blocks, and how many rows are."""
+    whole = any(isinstance(piece, Gather) for piece in pieces)
+    return whole, sum(n * g * r for n, g, r, _ in (piece.shape for piece in pieces))
 
 
 def _raw_scores(piece: Piece, rows: Tensor, keys: Tensor, frame: Frame) -> Tensor:

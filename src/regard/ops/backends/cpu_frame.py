@@ -78,11 +78,12 @@ class Frame:
         geometry = self.geometry
         return Rows(x.reshape(geometry.batch * geometry.num_heads, geometry.q_len, x.shape[3]), geometry)
 
-    def new_rows(self, width: int, dtype: torch.dtype, whole_blocks: bool) -> Rows:
-        """Zeros, one row a query; with `whole_blocks` padded to a multiple of `block_q`."""
+    def new_rows(self, width: int, dtype: torch.dtype, whole_blocks: bool, written: int, fill: float = 0.0) -> Rows:
+        """One row a query, `fill` unless pieces write them all (`written` rows); with `whole_blocks` padded to a multiple of `block_q`."""
         geometry = self.geometry
         length = geometry.q_blocks * geometry.block_q if whole_blocks else geometry.q_len
-        return Rows(torch.zeros((geometry.batch * geometry.num_heads, length, width), dtype=dtype), geometry)
+        flat = torch.empty((geometry.batch * geometry.num_heads, length, width), dtype=dtype)
+        return Rows(flat if written == flat.shape[0] * length else flat.fill_(fill), geometry)
 
     def keys(self, x: Tensor) -> Keys:
         geometry = self.geometry

@@ -3,8 +3,8 @@
 Two ways to the same numbers:
 
 - `chunk_fixed`: no decay, or one fixed decay per head. A custom autograd function whose backward is written out from
-  the same tiles (two sweeps, one per direction), so that neither direction keeps more than one chunk beside its
-  inputs and outputs.
+  the same tiles (two sweeps, one per direction), so that neither direction keeps more than a few chunks beside its
+  inputs and outputs, whatever the length.
 - `chunk_learned`: a decay per token or per channel, or one that needs a gradient. Plain differentiable PyTorch.
 
 Source of the tiling: Qin et al., Lightning Attention-2 (2024, arXiv 2401.04658). The authors' kernels shift the decay
@@ -22,15 +22,9 @@ from torch.autograd.function import once_differentiable
 from .decay import cumulative_decay
 from .tensors import accumulate_dtype, expand_heads, no_autocast
 
-_TILES_AT_ONCE = 64  # chunks x rows of one product: 64 x (64, 64) float32 is 1 MB
-
-
-def default_chunk_size(rows: int, channel_decay: bool = False) -> int:
-    """Chunk length that ran fastest on a CPU for `rows` = batch x query heads: few heads want longer chunks, because
-    then the calls cost more than the arithmetic. With a decay per channel a chunk costs C x C x D memory: 16."""
-    if channel_decay:
-        return 16
-    return 64 if rows >= 4 else 128
+CHUNK_SIZE = 64  # fastest on a CPU at head_dim 64; shorter saves arithmetic, longer saves calls
+CHANNEL_CHUNK_SIZE = 16  # with a decay per channel a chunk costs C x C x D memory
+_TILES_AT_ONCE = 64  # chunks x heads of one product: 64 tiles of (64, 64) in float32 are 1 MB
 
 
 class _Piece(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import bad_type, bad_value, require, require_int, require_name, require_tensor
-from .chunk import chunk_fixed, chunk_learned, default_chunk_size
+from .chunk import CHANNEL_CHUNK_SIZE, CHUNK_SIZE, chunk_fixed, chunk_learned
 from .feature_maps import FeatureMap, identity, resolve
 from .linear_state import LinearState
 from .parallel import everything, parallel_causal
@@ -69,7 +69,7 @@ def linear_attention(
     scale: factor of phi(q) . phi(k); None is 1.0.
     state: what an earlier call returned; a call over two pieces equals one call over the whole. Gradients flow through
         it both ways; never modified.
-    form: "parallel" (quadratic), "chunk" (linear time, memory of one chunk beside inputs and outputs when log_decay is
+    form: "parallel" (quadratic), "chunk" (linear time, memory of a few chunks beside inputs and outputs when log_decay is
         fixed per head or None), "recurrent" (token by token), "auto" (recurrent for one token, else chunk). Equal numbers.
     chunk_size: tokens per chunk; None picks what is fast on this device.
     lengths: (B,) integers, valid keys per sequence, counted from the left; the rest is padding, reaches no output and
@@ -193,8 +193,7 @@ def linear_attention_backend(
     if backend == "auto":
         backend = "triton" if fits and q.is_cuda and _triton_refuses(q, k, v) is None else "torch"
     if chunk_size is None:
-        per_channel = log_decay is not None and log_decay.dim() == 4
-        chunk_size = 64 if backend == "triton" else default_chunk_size(q.shape[0] * q.shape[1], per_channel)
+        chunk_size = CHANNEL_CHUNK_SIZE if log_decay is not None and log_decay.dim() == 4 else CHUNK_SIZE
     return Choice(form, backend, chunk_size)
 
 
