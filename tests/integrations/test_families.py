@@ -176,3 +176,12 @@ def test_masks_are_understood(name, kinds):
         joined = model(**given | {"attention_mask": holes})
         assert seen == {True}
     assert relative(main_output(joined), main_output(model(**given | {"attention_mask": holes}))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "bert", "whisper"])
+@torch.no_grad()
+def test_lengths_of_many_blocks(name):
+    model, given = sdpa_of(name), inputs(name, length=61 if name in ("bert", "whisper") else 211)
+    before = main_output(model(**given))
+    with regard.attach(model):
+        assert relative(main_output(model(**given)), before) <= TOLERANCE

@@ -56,7 +56,7 @@ def error(got, want):
 KINDS = ("none", "head", "token", "shared", "channel")
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     length=st.integers(0, 40),
     groups=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (3, 1)]),
@@ -288,6 +288,16 @@ def test_an_empty_row_gives_zeros(form):
     q, k, v = make()
     out = linear_attention(q.relu() * 0, k, v, normalize=True, form=form)
     assert out.abs().sum() == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("batch,dim,value_dim", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
+def test_sizes_of_zero(form, batch, dim, value_dim):
+    q, k, v = make(batch=batch, dim=dim, value_dim=value_dim)
+    options = {"log_decay": -alibi_slopes(4), "form": form, "return_state": True}
+    out, state = linear_attention(q, k, v, **options)
+    assert out.shape == (batch, 4, 13, value_dim) and out.abs().sum() == 0
+    assert state.kv.shape == (batch, 4, dim, value_dim)
 
 
 def test_nothing_is_modified():

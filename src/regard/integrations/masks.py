@@ -27,6 +27,8 @@ def attention_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: A
     mask = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
     if mask is not None:
         mask.padding = attention_mask  # type: ignore[attr-defined]
+        if attention_mask is None:  # no padding at all, which a sliding window of keys alone could not tell
+            mask.start = torch.zeros(1, dtype=torch.long, device=mask.device)  # type: ignore[attr-defined]
         if mask.shape[2] > 1 and not torch.compiler.is_compiling():
             q_offset, kv_offset = int(kwargs.get("q_offset", 0)), int(kwargs.get("kv_offset", 0))
             mask.structure = find_structure(mask, attention_mask, q_offset, kv_offset, kwargs.get("local_size"))  # type: ignore[attr-defined]

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import ops
 from ..methods.call import AttentionCall, Method, UnsupportedModelError
+from ..ops import backends
 from . import masks
 from .generation import watch
 from .session import Session, check_seams, describe
@@ -173,6 +175,12 @@ def _cache_layer(site: Site) -> Any:
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    (
+        ops.attention,
+        ops.scores,
+        backends.load("sdpa"),
+        backends.load("cpu"),
+    )  # now, not in the middle of a compiled forward
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, masks.attention_mask)
 

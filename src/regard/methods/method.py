@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -90,9 +89,10 @@ class Method:
     @classmethod
     def seams(cls) -> tuple[str, ...]:
         """The seams that this class claims: the hooks it overrides."""
-        return _claimed(cls)
+        return cls._claimed
 
+    _claimed: ClassVar[tuple[str, ...]] = ()
 
-@cache
-def _claimed(kind: type[Method]) -> tuple[str, ...]:
-    return tuple(name for name in SEAMS if getattr(kind, name) is not getattr(Method, name))
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._claimed = tuple(name for name in SEAMS if getattr(cls, name) is not getattr(Method, name))

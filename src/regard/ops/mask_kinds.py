@@ -267,6 +267,8 @@ class PerHead(Mask):
 
 
 class HeadSharded(Mask):
+    frozen = True
+
     def __init__(
         self,
         num_heads: int,

@@ -45,7 +45,7 @@ class LargePiG(Method):
     Args:
         source: which prompt tokens may be copied: (begin, end), counted from the first real token and from the end where negative
             (`(-8, None)` = the last eight); a bool tensor (B, prompt tokens); the name of a span given to `attach(spans=...)`;
-            None = the whole prompt.
+            None = the whole prompt. Where a model has no begin token, its first token is an attention sink: leave that one out.
         candidates: layers compared with the mature one, counted as hidden states (0 ... num_layers). None: every second one of
             the upper half, as in the authors' scripts (16, 18, ..., 30 of 32).
         mature: the mature layer, counted likewise; -1 = the last.

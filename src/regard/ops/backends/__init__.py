@@ -17,10 +17,16 @@ BACKENDS = ("eager", "sdpa", "cpu", "flex", "triton")
 """Names for `backend=`: `eager` the reference, `sdpa` torch's fused kernels, `cpu` blocked with backward, `flex` compiled FlexAttention,
 `triton` block-sparse GPU kernels."""
 
+_LOADED: dict[str, ModuleType] = {}
+
 
 def load(name: str) -> ModuleType:
     """The backend module called `name`."""
-    return importlib.import_module(f".{name}", __name__)
+    if (
+        name not in _LOADED
+    ):  # importing again costs as much as a decoding step's attention, and breaks torch.compile's graph
+        _LOADED[name] = importlib.import_module(f".{name}", __name__)
+    return _LOADED[name]
 
 
 def choose(request: AttentionRequest) -> str:

@@ -38,17 +38,15 @@ def lower(plan: BlockPlan, geometry: Geometry, width: int, dtype: torch.dtype) -
     store = TileStore(plan.tiles, dtype)
     pieces: list[Piece] = []
     gathered: list[tuple[range, tuple[int, int], list[int]]] = []
+    counts, numbers = _counts(lists.kv_blocks)
     for heads in _alike(lists):
         place = lists.row_of[heads.start]
         rest = []
-        for block, (kv, tile) in enumerate(zip(lists.kv_blocks[place].tolist(), lists.tiles_of[place].tolist())):
-            count = kv.index(-1) if -1 in kv else len(kv)
-            if count == 0:
-                continue
-            runs = _runs(kv[:count])
-            if _worth_slicing(heads, runs, count, lists.per_group, geometry):
-                pieces += _slices(heads, block, runs, tile[:count], store, geometry)
-            else:
+        for block, (count, runs) in enumerate(zip(counts[place].tolist(), numbers[place].tolist())):
+            if count and _worth_slicing(len(heads), runs, count, lists.per_group, geometry):
+                kv, tile = (x[place][block, :count].tolist() for x in (lists.kv_blocks, lists.tiles_of))
+                pieces += _slices(heads, block, _runs(kv), tile, store, geometry)
+            elif count:
                 rest.append(block)
         if rest:
             gathered.append((heads, place, rest))
@@ -84,18 +82,26 @@ def _alike(lists: _Lists) -> list[range]:
     return [range(lo, hi) for lo, hi in zip(starts, [*starts[1:], len(lists.row_of)])]
 
 
+def _counts(kv_blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each list has, and in how many runs of adjacent ones."""
+    listed = kv_blocks >= 0
+    starts = listed.clone()
+    starts[..., 1:] &= kv_blocks[..., 1:] != kv_blocks[..., :-1] + 1
+    return listed.sum(-1), starts.sum(-1)
+
+
 def _runs(kv: list[int]) -> list[tuple[int, int]]:
     """[first, last) of each run of adjacent numbers in an ascending list."""
     starts = [i for i, block in enumerate(kv) if i == 0 or block != kv[i - 1] + 1]
     return [(kv[lo], kv[hi - 1] + 1) for lo, hi in zip(starts, [*starts[1:], len(kv)])]
 
 
-def _worth_slicing(heads: range, runs: list[tuple[int, int]], count: int, per_group: bool, geometry: Geometry) -> bool:
+def _worth_slicing(heads: int, runs: int, count: int, per_group: bool, geometry: Geometry) -> bool:
     """Views are free, but one piece is then one query block of the heads that share it: too little work when it is one short list."""
-    if not per_group or (len(runs) > MAX_RUNS and count < LONG_RUN * len(runs)):
+    if not per_group or (runs > MAX_RUNS and count < LONG_RUN * runs):
         return False
     scores = geometry.group * geometry.block_q * count * geometry.block_k
-    return len(heads) > 1 or 2 * scores > SCORES
+    return heads > 1 or 2 * scores > SCORES
 
 
 def _slices(

@@ -289,7 +289,12 @@ class Gather:
             by_slot = scores.view(n, g, r, self.slots, -1)
             units, slots = self.tile_at
             kept = self.store.tiles[self.tile_ids][:, None]
-            by_slot[units, :, :, slots] = by_slot[units, :, :, slots].masked_fill_(~kept, -torch.inf)
+            if units.shape[0] == n and bool(
+                (slots == slots[0]).all()
+            ):  # as the diagonal of a causal mask: one place in every list
+                by_slot[:, :, :, int(slots[0])].masked_fill_(~kept, -torch.inf)
+            else:
+                by_slot[units, :, :, slots] = by_slot[units, :, :, slots].masked_fill_(~kept, -torch.inf)
 
     def _places(self, matrix: Tensor, geometry: Geometry) -> Positions:
         b, h, qi, ki = self.positions(geometry)

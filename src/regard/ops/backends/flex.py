@@ -48,7 +48,7 @@ def refuses(request: AttentionRequest) -> str | None:
         return "flex does not return the log-sum-exp on the cpu"
     if q.is_cuda and min(q.shape[3], v.shape[3]) < 16:
         return f"flex needs a head_dim of at least 16 on cuda, not {min(q.shape[3], v.shape[3])}"
-    return _cannot_compile(q.device.type)
+    return compiler_missing(q.device.type)
 
 
 def suits(request: AttentionRequest) -> bool:
@@ -74,7 +74,9 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         )
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"backend 'flex' could not compile this attention; take another backend. torch says: {reason}") from error
+        raise RuntimeError(
+            f"backend 'flex' could not compile this attention; take another backend. torch says: {reason}"
+        ) from error
     out, lse = (result[0], result[1].lse) if aux is not None else (result, None)
     return out, lse
 
@@ -175,7 +177,8 @@ def _kernel(key: Callable, on_cuda: bool) -> Callable:
     return _compiled[key]
 
 
-def _cannot_compile(device: str) -> str | None:
+def compiler_missing(device: str) -> str | None:
+    """Why FlexAttention cannot be compiled for a type of device; None when nothing speaks against it."""
     if device == "cpu":
         from torch._inductor import config
 

@@ -9,6 +9,7 @@ cutting of wide keys into pieces; the numbers are the same. The work is done by 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..._checks import bad_value, require, require_tensor
@@ -42,7 +43,7 @@ def lightning_attention(
             raise bad_value("slope", f"shape {tuple(slope.shape)}", "(H,) or (H, 1, 1)")
         slope = slope.reshape(-1)
         require(slope.shape[0] == q.shape[1], "slope", f"{slope.shape[0]} numbers", f"one per head of q ({q.shape[1]})")
-        if slope.device.type == "cpu":
+        if slope.device.type == "cpu" and not torch.compiler.is_compiling():
             require(bool((slope >= 0).all()), "slope", "a number that is negative or NaN", "numbers >= 0")
         log_decay = -slope
     return linear_attention(

@@ -51,13 +51,14 @@ def parallel_causal(
 
 def everything(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The non-causal form: every query (B, H, N, D) reads the one state of all keys (B, Hkv, M, D)."""
-    batch, heads = q.shape[:2]
+    batch, heads, length, dim = q.shape
     acc = accumulate_dtype(q.dtype)
     kv_heads = k.shape[1]
+    groups = heads // kv_heads
     total = k.to(acc).transpose(-1, -2) @ v.to(acc)  # (B, Hkv, D, Dv): a group shares it
     if state is None:
-        grouped = q.to(acc).reshape(batch, kv_heads, -1, q.shape[-1])
-        out = (grouped @ total).reshape(*q.shape[:3], v.shape[-1])
-        return out.to(dtype), expand_heads(total, heads // kv_heads)
-    total = state.to(acc) + expand_heads(total, heads // kv_heads)
+        grouped = q.to(acc).reshape(batch, kv_heads, groups * length, dim)
+        out = (grouped @ total).reshape(batch, heads, length, v.shape[-1])
+        return out.to(dtype), expand_heads(total, groups)
+    total = state.to(acc) + expand_heads(total, groups)
     return (q.to(acc) @ total).to(dtype), total
