@@ -98,7 +98,8 @@ def _past(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _wants_cache(entry: nn.Module, kwargs: dict[str, Any]) -> bool:
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
-        use_cache = getattr(entry.config.get_text_config(decoder=True), "use_cache", False)
+        config: Any = entry.config
+        use_cache = getattr(config.get_text_config(decoder=True), "use_cache", False)
     return bool(use_cache) and not (entry.training and getattr(entry, "is_gradient_checkpointing", False))
 
 

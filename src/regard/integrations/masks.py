@@ -43,10 +43,9 @@ def find_structure(
     Made from what the model says and then compared entry by entry, once a forward, so it can never be something else.
     """
     batch, _, q_len, kv_len = mask.shape
-    real = None
+    real: masks.Mask | None = None
     if padding is not None and not bool(padding.all()):
-        real = padding.to(torch.uint8)
-        first, count = real.argmax(-1), real.sum(-1)
+        first, count = padding.to(torch.uint8).argmax(-1), padding.sum(-1)
         real = masks.padding((first + count - kv_offset).clamp(min=0), start=(first - kv_offset).clamp(min=0))
     shapes = [masks.causal, masks.everything] if window is None else [masks.causal & masks.sliding_window(window)]
     for shape in shapes:

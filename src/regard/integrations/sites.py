@@ -57,7 +57,7 @@ def sites_of(model: nn.Module) -> Iterator[Site]:
 
 
 @cache
-def _calls_interface(kind: type[nn.Module]) -> bool | None:
+def _calls_interface(kind: Any) -> bool | None:
     """Whether this class itself calls transformers' attention interface; None where its source cannot be read."""
     try:
         source = inspect.getsource(kind.forward)

@@ -124,9 +124,8 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
-    if (
-        causal and key.shape[2] > query.shape[2]
-    ):  # an empty static cache: only there is the mask left out with more keys than queries
+    if causal and key.shape[2] > query.shape[2]:
+        # More keys than queries and no mask: that is an empty static cache, whose end holds nothing yet.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
     call = AttentionCall(
