@@ -80,7 +80,8 @@ def find_sites(session: Any) -> dict[nn.Module, Site]:
     sites: dict[nn.Module, Site] = {}
     others: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        calls = _calls_interface(type(module))
+        kind: Any = type(module)
+        calls = _calls_interface(kind)
         if calls or (calls is None and _named_attention(module)):
             sites[module] = make_site(session, path, module, sites.values())
         elif _named_attention(module):

@@ -210,16 +210,14 @@ def _adopt(module: nn.Module) -> Site:
 
 def _configs(model: nn.Module) -> Iterator[Any]:
     """Every config object that the model or a part of it reads, sub-configs included, each once."""
+    queue: list[Any] = [module.__dict__.get("config") for module in model.modules()]
     seen: set[int] = set()
-    queue = [
-        config for module in model.modules() if hasattr(config := module.__dict__.get("config"), "_attn_implementation")
-    ]
     while queue:
         config = queue.pop()
-        if id(config) not in seen:
+        if hasattr(config, "_attn_implementation") and id(config) not in seen:
             seen.add(id(config))
             yield config
-            queue += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+            queue += [getattr(config, name, None) for name in config.sub_configs]
 
 
 def _use(session: Session, config: Any) -> None:
