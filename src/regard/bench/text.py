@@ -1,11 +1,11 @@
-"""Real text that every machine has: the English prose of `pydoc_data.topics`, shipped with CPython (about 430 kB)."""
+"""Prompts made of real text that every machine has: the English prose of `pydoc_data.topics`, shipped with CPython."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from .._checks import require
+from ..lens.needle import haystack_text
 
 NEEDLES = (
     ("The secret ingredient of the pastry chef's famous cake is", " cardamom", "pastry chef's famous cake"),
@@ -13,15 +13,6 @@ NEEDLES = (
     ("The favourite animal of the retired astronaut is the", " otter", "retired astronaut"),
 )
 """Needles: a sentence, its answer, what it is about."""
-
-
-@cache
-def prose() -> str:
-    """All of it, joined, with runs of blank lines and indentation evened out."""
-    from pydoc_data.topics import topics
-
-    lines = "\n\n".join(topics[name] for name in sorted(topics)).splitlines()
-    return "\n".join(line.strip() for line in lines if line.strip())
 
 
 def token_windows(tokenizer: Any, length: int, count: int) -> list[list[int]]:
@@ -39,7 +30,7 @@ _IDS: dict[int, list[int]] = {}
 def _prose_ids(tokenizer: Any) -> list[int]:
     if id(tokenizer) not in _IDS:
         _IDS.clear()
-        _IDS[id(tokenizer)] = tokenizer(prose(), add_special_tokens=False, verbose=False)["input_ids"]
+        _IDS[id(tokenizer)] = tokenizer(haystack_text(), add_special_tokens=False, verbose=False)["input_ids"]
     return _IDS[id(tokenizer)]
 
 
