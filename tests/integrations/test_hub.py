@@ -232,7 +232,7 @@ def test_paths_that_are_no_model(tmp_path):
 
 @pytest.mark.parametrize(
     "bad, words",
-    [("smollm-135m", "did you mean 'smollm2-135m'"), ("./nowhere", "existing path"), ("gpt9", "smollm2-135m")],
+    [("smollm-135m", "did you mean 'smollm2-135m'"), ("./nowhere", "existing path"), ("two words", "smollm2-135m")],
 )
 def test_unknown_names(bad, words):
     with pytest.raises(ValueError, match=words):
@@ -250,7 +250,9 @@ def test_the_hub_is_asked_last_and_once(monkeypatch, checkpoint):
     regard.load("owner/name", revision="v1")
     monkeypatch.setattr(hub, "_hub_answers", lambda: False)
     regard.load("owner/name")
-    assert asked == [("owner/name", {"revision": "v1"}), ("owner/name", {"local_files_only": True})]
+    regard.load("gpt2")
+    offline = {"local_files_only": True}
+    assert asked == [("owner/name", {"revision": "v1"}), ("owner/name", offline), ("gpt2", offline)]
     monkeypatch.undo()
     monkeypatch.setattr(hub, "_hub_answers", lambda: False)
     with pytest.raises(ModelFileError, match="'nobody/nothing' could not be loaded from the hub: .*cannot be reached"):

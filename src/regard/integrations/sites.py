@@ -96,7 +96,7 @@ def find_sites(session: Any) -> dict[nn.Module, Site]:
         tower: type(module).__name__ for path, module in others.items() if (tower := _tower(model, path)) not in towers
     }
     session.main_tower = _main_tower([*towers, *missed])
-    why = "does not go through transformers' AttentionInterface (https://huggingface.co/docs/transformers/attention_interface)"
+    why = "does not go through transformers' AttentionInterface"
     if session.main_tower in missed:
         raise UnsupportedModelError(
             f"model: the attention of {type(model).__name__} ({missed[session.main_tower]}) {why}, so nothing can be attached to it"

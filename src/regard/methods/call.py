@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import bad_value, require
 from ..ops import masks, reference
+from ..ops.reweight import log_factor_bias
 from .method import Method, ScoreMod, UnsupportedModelError
 from .weights import dense_weights, narrowed, share_of_keys
 
@@ -181,27 +182,23 @@ class AttentionCall:
 
         Args:
             keys: absolute key position(s): an int, a slice, an int64 tensor (K,), or a bool tensor (M,) or (B, M) (a span).
-            factor: >= 0; 0 removes the keys, 1 changes nothing. A number, or a tensor: (heads,), or broadcastable to (B, heads, 1, K).
+            factor: >= 0; 0 removes the keys, 1 changes nothing. A number, or a tensor: (heads,) or (B, heads, 1, K).
             heads: query heads to treat; None = all.
         """
-        numbers = list(range(self.num_heads) if heads is None else heads)
-        self._head_numbers(numbers)
-        dtype = torch.float64 if self.q.dtype == torch.float64 else torch.float32
-        factor = torch.as_tensor(factor, dtype=dtype, device=self.q.device)
-        if factor.dim() == 1 and len(factor) > 1:
-            require(len(factor) == len(numbers), "factor", f"{len(factor)} values", f"one a head, {len(numbers)}")
-            factor = factor.view(1, -1, 1, 1)
-        if not bool((factor >= 0).all()):
-            raise bad_value("factor", float(factor.min()), "factors >= 0")
-        bias = torch.zeros(self.batch, len(numbers), 1, self.kv_len, dtype=dtype, device=self.q.device)
+        if not isinstance(factor, Tensor):
+            dtype = torch.float64 if self.q.dtype == torch.float64 else torch.float32
+            factor = torch.tensor(factor, dtype=dtype, device=self.q.device)
         if isinstance(keys, Tensor) and keys.dtype == torch.bool:
-            bias = torch.where(keys.to(self.q.device).view(-1, 1, 1, self.kv_len), factor.log(), bias)
+            where = keys
         else:
             column, kept = self._columns(keys)
-            bias[..., column] = (factor[..., kept] if factor.dim() and factor.shape[-1] > 1 else factor).log()
-        if heads is not None:
-            every = torch.zeros(self.batch, self.num_heads, 1, self.kv_len, dtype=dtype, device=self.q.device)
-            bias = every.index_copy(1, torch.tensor(numbers, dtype=torch.long, device=self.q.device), bias)
+            where = torch.zeros(self.kv_len, dtype=torch.bool, device=self.q.device)
+            where[column] = True
+            if isinstance(factor, Tensor) and factor.dim() == 4 and factor.shape[-1] == len(kept):
+                by_key = factor.new_ones(*factor.shape[:-1], self.kv_len)
+                by_key[..., column] = factor[..., kept]
+                factor = by_key
+        bias = log_factor_bias(where, factor, self.kv_len, num_heads=self.num_heads, heads=heads, device=self.q.device)
         self.add_bias(bias)
 
     def on_weights(self, fn: Callable[[Tensor], Tensor], heads: Sequence[int] | None = None) -> None:

@@ -93,9 +93,9 @@ def _checked_factor(
 def _heads(heads: Sequence[int] | None, num_heads: int) -> list[int]:
     if heads is None:
         return list(range(num_heads))
-    numbers = sorted({int(head) for head in heads})
-    if numbers and not (numbers[0] >= 0 and numbers[-1] < num_heads):
-        raise bad_value("heads", list(heads), f"numbers in [0, {num_heads})")
+    numbers = [int(head) for head in heads]  # in the order given, which a factor by head follows
+    if not all(0 <= head < num_heads for head in numbers) or len(set(numbers)) < len(numbers):
+        raise bad_value("heads", list(heads), f"different numbers in [0, {num_heads})")
     return numbers
 
 
