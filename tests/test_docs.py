@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_papers_page_is_the_catalog():
-    assert (ROOT / "docs/papers.md").read_text() == page(load_catalog()), "run: regard papers --markdown > docs/papers.md"
+    assert (ROOT / "docs/papers.md").read_text() == page(load_catalog()), (
+        "run: regard papers --markdown > docs/papers.md"
+    )
 
 
 @pytest.mark.parametrize("file", ["README.md", "docs/design.md", "docs/contracts.md", "CONTRIBUTING.md"])

@@ -15,7 +15,9 @@ def run(code):
 
 
 def test_file_and_function_of_one_name():
-    code = "import regard.ops.attention, regard.lens.retrieval_heads, regard.lens.record\nfrom regard import lens, ops\n"
+    code = (
+        "import regard.ops.attention, regard.lens.retrieval_heads, regard.lens.record\nfrom regard import lens, ops\n"
+    )
     result = run(code + "assert all(map(callable, (ops.attention, lens.retrieval_heads))), ops.attention")
     assert result.returncode == 0, result.stderr
 

@@ -67,5 +67,3 @@ def duo_lr_factor(step: int, steps: int, *, schedule: str = "trapezoid") -> floa
     require(steps >= 1 and 0 <= step < steps, "step", step, f"0 <= step < steps = {steps}")
     fifth = steps / 5
     return min(1.0, max((step + 1) / fifth, 0.1), max((steps - step) / fifth, 0.1))
-
-

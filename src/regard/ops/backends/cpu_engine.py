@@ -12,7 +12,6 @@ from torch import Tensor
 from .cpu_frame import Frame
 from .cpu_pieces import Gather, Piece
 
-
 _LOG2_E = math.log2(math.e)
 
 
