@@ -182,8 +182,7 @@ def test_context_beyond_the_model(model, roster):
 def test_command_line(monkeypatch, tmp_path, model):
     from regard.cli import app
 
-    monkeypatch.setattr(regard, "load", lambda name: (model, CharTokenizer()), raising=False)
-    monkeypatch.setitem(regard.__dict__, "load", lambda name: (model, CharTokenizer()))
+    monkeypatch.setattr(regard, "load", lambda name: (model, CharTokenizer()))
     files = [tmp_path / name for name in ("c.json", "c.html", "c.png")]
     options = [
         "--context",

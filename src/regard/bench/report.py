@@ -215,7 +215,8 @@ def page(result: Comparison, command: str = "") -> str:
     if not result.finished:
         parts.insert(0, "<p><strong>Unfinished: this run was stopped; go on with <code>--resume</code>.</strong></p>")
     title = html.escape(f"regard compare: {result.settings['model']}")
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{"".join(parts)}</html>'
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}<h1>{title}</h1>{"".join(parts)}</html>'
 
 
 def _depths(result: Comparison, shown: list[str]) -> str:

@@ -8,6 +8,7 @@ piece's, plus a float32 copy of the keys for half types; nothing grows with N x 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from . import cpu_engine
 from .cpu_frame import Frame, Geometry, Options
 from .cpu_lower import lower
 from .cpu_pieces import Piece
+from .cpu_products import fast_products
 
 if TYPE_CHECKING:
     from ..attention import AttentionRequest
@@ -78,8 +80,7 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         seed=int(torch.randint(1 << 62, ())) if request.dropout > 0.0 else 0,
     )
     if not request.needs_grad:
-        with torch.no_grad(), _no_autocast():
-            frame = Frame(work.geometry, options, accumulation_dtype(request.q.dtype))
+        with torch.no_grad(), _frame(work, options, request.q.dtype) as frame:
             return cpu_engine.forward(frame, work.pieces, request.q, request.k, request.v, request.return_lse)
     tensors = getattr(request.score_mod, "tensors", ())
     return _Blocked.apply(request.q, request.k, request.v, bias, options, work, request.return_lse, *tensors)
@@ -101,8 +102,7 @@ class _Blocked(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias, *tensors)
         ctx.options, ctx.work, ctx.count = options, work, len(tensors)
         ctx.set_materialize_grads(False)
-        with _no_autocast():
-            frame = Frame(work.geometry, options, accumulation_dtype(q.dtype))
+        with _frame(work, options, q.dtype) as frame:
             return cpu_engine.forward(frame, work.pieces, q, k, v, want_lse)
 
     @staticmethod
@@ -113,16 +113,19 @@ class _Blocked(torch.autograd.Function):
             grad_out = q.new_zeros((*q.shape[:3], v.shape[3]))
         # the score mod reads its own tensors: gradients must be asked of those, not of copies
         tensors = getattr(ctx.options.score_mod, "tensors", ()) if ctx.count else ()
-        with _no_autocast():
-            frame = Frame(ctx.work.geometry, ctx.options, accumulation_dtype(q.dtype))
+        with _frame(ctx.work, ctx.options, q.dtype) as frame:
             wanted = ctx.needs_input_grad[:4]
             grads = cpu_engine.backward(frame, ctx.work.pieces, q, k, v, grad_out, grad_lse, wanted, tensors)
         return grads.q, grads.k, grads.v, grads.bias, None, None, None, *grads.tensors
 
 
-def _no_autocast() -> contextlib.AbstractContextManager:
-    """Products are in the type that this backend has chosen, also under autocast."""
-    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
+@contextlib.contextmanager
+def _frame(work: _Work, options: Options, dtype: torch.dtype) -> Iterator[Frame]:
+    """What the pieces share. Products are in the type chosen here (also under autocast), by the faster library."""
+    dtype = accumulation_dtype(dtype)
+    off = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
+    with off, fast_products(dtype) as packed:
+        yield Frame(work.geometry, options, dtype, packed)
 
 
 def _work(request: AttentionRequest) -> _Work:

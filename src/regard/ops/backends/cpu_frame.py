@@ -56,12 +56,14 @@ class Frame:
     """The tensors of a call by flat head: rows (B * H, N, .), keys (B * Hkv, M, .), in the type that arithmetic uses.
 
     Rows stay in their own type (pieces convert what they read); keys of half types are converted once. `blocks` views serve the
-    pieces that gather; lengths are padded to whole blocks for them only.
+    pieces that gather; lengths are padded to whole blocks for them only. `packed`: the products want their factors side by side in
+    memory (they would copy them otherwise), so slices are put into scratch memory first.
     """
 
     geometry: Geometry
     options: Options
     dtype: torch.dtype
+    packed: bool
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
@@ -144,7 +146,3 @@ class Keys:
         geometry = self.geometry
         flat = self.flat[:, : geometry.kv_len].to(dtype)
         return flat.reshape(geometry.batch, geometry.num_kv_heads, geometry.kv_len, flat.shape[2])
-
-
-def make_frame(geometry: Geometry, options: Options, q: Tensor) -> Frame:
-    return Frame(geometry, options, accumulation_dtype(q.dtype))

@@ -13,8 +13,8 @@ from .cpu_pieces import Gather, Piece, Slice, Span, TileStore
 
 MAX_RUNS = 4  # more runs of adjacent key blocks than this are gathered, unless they are long
 LONG_RUN = 8  # blocks
-SCORES = 1 << 19  # numbers: scores of one piece, so that they stay in the cache between the products
-GATHERED = 1 << 20  # numbers: keys and values of one gathered piece
+SCORES = 1 << 20  # numbers: scores of one piece, so that they stay in the cache between the products
+GATHERED = 1 << 21  # numbers: keys and values of one gathered piece
 
 
 @dataclass

@@ -138,7 +138,7 @@ class Slice:
     def rows(self, rows: Rows, frame: Frame, name: str) -> Tensor:
         view = rows.grouped[self.lo : self.hi, :, self.start : self.stop]
         n, g, r, width = view.shape
-        if g == 1 and view.dtype == frame.dtype and view.stride(3) == 1:
+        if g == 1 and view.dtype == frame.dtype and view.stride(3) == 1 and (n == 1 or not frame.packed):
             return view[:, 0]
         return frame.scratch(name, n, g, r, width).copy_(view).view(n, g * r, width)
 
@@ -148,14 +148,14 @@ class Slice:
 
     def keys(self, keys: Keys, frame: Frame, name: str) -> Tensor:
         parts = [keys.flat[self.lo : self.hi, first:last] for first, last in self.runs]
-        if len(parts) == 1:
+        if len(parts) == 1 and (self.hi - self.lo == 1 or not frame.packed):
             return parts[0]
         together = frame.scratch(name, self.hi - self.lo, self.shape[3], keys.flat.shape[2])
         torch.cat(parts, dim=1, out=together)
         return together
 
     def add_product(self, keys: Keys, weights: Tensor, rows: Tensor, scale: float, frame: Frame) -> None:
-        if len(self.runs) == 1:
+        if len(self.runs) == 1 and not frame.packed:
             first, last = self.runs[0]
             keys.flat[self.lo : self.hi, first:last].baddbmm_(weights.mT, rows, alpha=scale)
             return

@@ -24,7 +24,16 @@ from .tensors import accumulate_dtype, expand_heads, no_autocast
 
 CHUNK_SIZE = 64  # fastest on a CPU at head_dim 64; shorter saves arithmetic, longer saves calls
 CHANNEL_CHUNK_SIZE = 16  # with a decay per channel a chunk costs C x C x D memory
-_TILES_AT_ONCE = 64  # chunks x heads of one product: 64 tiles of (64, 64) in float32 are 1 MB
+_TILES_AT_ONCE = 64  # chunks x heads of one product, at most ...
+_NUMBERS_AT_ONCE = 1 << 18  # ... and in all their states: 1 MB in float32, what a core's cache holds
+
+
+def _chunks_at_once(rows: int, state_size: int) -> int:
+    """How many chunks to take together: few large products cost less than many small ones while they stay in the cache.
+    Less than four is not worth gathering them; more than sixteen costs more in combining their states."""
+    tiles = min(_TILES_AT_ONCE, _NUMBERS_AT_ONCE // max(1, state_size))
+    chunks = min(16, tiles // max(1, rows))
+    return chunks if chunks >= 4 else 1
 
 
 class _Piece(NamedTuple):
@@ -79,8 +88,7 @@ class _Plan:
         self.rows = self.batch * self.heads
         self.dtype = accumulate_dtype(q.dtype)
         chunk = max(1, min(chunk, length))
-        # Some chunks at a time: few large products instead of many small ones, still small enough for the cache.
-        together = max(1, min(16, _TILES_AT_ONCE // max(1, self.rows)))
+        together = _chunks_at_once(self.rows, self.dim * self.value_dim)
         full, tail = divmod(length, chunk)
         whole, rest = divmod(full, together)
         sizes = [(together, chunk)] * whole + [(rest, chunk)] * (rest > 0) + [(1, tail)] * (tail > 0)
