@@ -1,6 +1,12 @@
 """Looking: `record.py` keeps what a model looked at in one forward (`regard.record`); probes and pictures read such a record."""
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy_exports
+
+if TYPE_CHECKING:  # names that a file of this package has too: what they mean to a type checker
+    from .look import look as look
+    from .retrieval_heads import retrieval_heads as retrieval_heads
 
 _TABLE = {
     "attention_boundaries": ".boundaries",

@@ -1,6 +1,11 @@
 """Losses and tuners: how attention is taught."""
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy_exports
+
+if TYPE_CHECKING:  # names that a file of this package has too: what they mean to a type checker
+    from .attention_diversification import attention_diversification as attention_diversification
 
 _TABLE = {
     "focal_bce": ".focal_bce",

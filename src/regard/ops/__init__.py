@@ -3,7 +3,12 @@
 `reference` is the specification; `backends` hold the fast ways to the same numbers.
 """
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy_exports
+
+if TYPE_CHECKING:  # names that a file of this package has too: what they mean to a type checker
+    from .attention import attention as attention
 
 _TABLE = {
     "attention": ".attention",

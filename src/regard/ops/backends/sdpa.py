@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,7 +58,11 @@ def suits(request: AttentionRequest) -> bool:
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     q, k, v = request.q, request.k, request.v
-    options = {"dropout_p": request.dropout, "scale": request.scale, "enable_gqa": k.shape[1] != q.shape[1]}
+    options: dict[str, Any] = {
+        "dropout_p": request.dropout,
+        "scale": request.scale,
+        "enable_gqa": k.shape[1] != q.shape[1],
+    }
     if is_native(request):
         return F.scaled_dot_product_attention(q, k, v, is_causal=not _sees_all(request), **options), None
     keep, additive = _matrix(request)
