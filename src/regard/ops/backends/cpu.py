@@ -19,11 +19,12 @@ from torch.autograd.function import once_differentiable
 from ..masks import Mask, everything
 from ..plan import make_plan
 from ..reference import accumulation_dtype
+from ..selection import Selection
 from . import cpu_engine
 from .cpu_frame import Frame, Geometry, Options
 from .cpu_lower import lower
 from .cpu_pieces import Piece
-from .cpu_products import fast_products
+from .cpu_products import fast_products, onednn_is_better
 
 if TYPE_CHECKING:
     from ..attention import AttentionRequest
@@ -33,7 +34,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_TILES = 4096  # distinct mixed tiles kept; beyond, the mask is asked while the pieces run
 _SMALL = 1 << 20  # scores (B H N M) that are cheaper to compute than to plan around
 _DENSE_SHARE = 0.7  # of the blocks: above it the dense kernels win, as long as their mask is small enough to write down
-_KEPT = 8  # plans per mask
+_KEPT = 8  # plans per mask or selection
 
 
 class _Work(NamedTuple):
@@ -43,7 +44,7 @@ class _Work(NamedTuple):
     """Of all blocks, those that hold work."""
 
 
-_work_of: WeakKeyDictionary[Mask, dict[tuple, _Work]] = WeakKeyDictionary()
+_work_of: WeakKeyDictionary[Mask | Selection, dict[tuple, _Work]] = WeakKeyDictionary()
 
 
 def refuses(request: AttentionRequest) -> str | None:
@@ -129,7 +130,7 @@ def _frame(work: _Work, options: Options, dtype: torch.dtype) -> Iterator[Frame]
 
 
 def _work(request: AttentionRequest) -> _Work:
-    """The pieces of a request: made once for it, and kept for masks that cannot change."""
+    """The pieces of a request: made once for it, and kept for selections and for masks that cannot change."""
     if "cpu" not in request.memo:
         request.memo["cpu"] = _kept_work(request)
     return request.memo["cpu"]
@@ -141,15 +142,28 @@ def _kept_work(request: AttentionRequest) -> _Work:
     batch, num_heads, q_len, head_dim = request.q.shape
     _, num_kv_heads, kv_len, value_dim = request.v.shape
     geometry = Geometry(batch, num_heads, num_kv_heads, q_len, kv_len, request.q_offset, block_q, block_k)
-    if request.selection is not None or not mask.frozen:
+    holder = _holder(request, mask)
+    if holder is None:
         return _make_work(request, mask, geometry, head_dim + value_dim)
-    kept = _work_of.setdefault(mask, {})
-    key = (geometry, head_dim + value_dim, request.q.dtype, torch.get_num_threads())
+    version = 0 if request.selection is None else request.selection.indices._version
+    kept = _work_of.setdefault(holder, {})
+    key = (geometry, head_dim + value_dim, request.q.dtype, torch.get_num_threads(), mask, version)
     if key not in kept:
         while len(kept) >= _KEPT:
             kept.pop(next(iter(kept)), None)
         kept[key] = _make_work(request, mask, geometry, head_dim + value_dim)
     return kept[key]
+
+
+def _holder(request: AttentionRequest, mask: Mask) -> Mask | Selection | None:
+    """What the work may be kept with: the selection, or a mask that cannot change. None: it must be made each time."""
+    selection = request.selection
+    if not mask.frozen:
+        return None
+    if selection is None:
+        return mask
+    small = selection.indices.numel() <= _SMALL and not selection.indices.is_inference()
+    return selection if small else None
 
 
 def _make_work(request: AttentionRequest, mask: Mask, geometry: Geometry, width: int) -> _Work:
@@ -167,7 +181,8 @@ def _make_work(request: AttentionRequest, mask: Mask, geometry: Geometry, width:
         device="cpu",
         max_tiles=_MAX_TILES,
     )
-    pieces = lower(plan, geometry, width, accumulation_dtype(request.q.dtype))
+    dtype = accumulation_dtype(request.q.dtype)
+    pieces = lower(plan, geometry, width, dtype, packed=dtype == torch.float32 and onednn_is_better())
     return _Work(geometry, pieces, plan.density())
 
 

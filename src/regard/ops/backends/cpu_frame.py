@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..masks import Mask
-from ..reference import accumulation_dtype
 
 
 @dataclass(frozen=True)

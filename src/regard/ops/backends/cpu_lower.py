@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,16 @@ from .cpu_pieces import Gather, Piece, Slice, Span, TileStore
 
 MAX_RUNS = 4  # more runs of adjacent key blocks than this are gathered, unless they are long
 LONG_RUN = 8  # blocks
-SCORES = 1 << 20  # numbers: scores of one piece, so that they stay in the cache between the products
-GATHERED = 1 << 21  # numbers: keys and values of one gathered piece
+SCORES = 1 << 19  # numbers: scores of one piece, so that they stay in the cache between the products
+GATHERED = 1 << 20  # numbers: keys and values of one gathered piece
+PACKED = 2  # times as many of both where products are faster, so that the calls around them weigh less
+
+
+class _Size(NamedTuple):
+    """Of one piece, at most: scores, and gathered keys."""
+
+    scores: int
+    keys: int
 
 
 @dataclass
@@ -30,8 +39,12 @@ class _Lists:
     row_of: list[tuple[int, int]]
 
 
-def lower(plan: BlockPlan, geometry: Geometry, width: int, dtype: torch.dtype) -> list[Piece]:
-    """Pieces that cover every row that sees something. `width`: head_dim of keys plus that of values, for sizing."""
+def lower(plan: BlockPlan, geometry: Geometry, width: int, dtype: torch.dtype, packed: bool = False) -> list[Piece]:
+    """Pieces that cover every row that sees something.
+
+    `width`: head_dim of keys plus that of values, for sizing; `packed`: see `Frame`.
+    """
+    size = _Size(SCORES, GATHERED // width) if not packed else _Size(PACKED * SCORES, PACKED * GATHERED // width)
     if plan.kv_blocks.numel() == 0:
         return []
     lists = _grain(plan, geometry)
@@ -43,15 +56,15 @@ def lower(plan: BlockPlan, geometry: Geometry, width: int, dtype: torch.dtype) -
         place = lists.row_of[heads.start]
         rest = []
         for block, (count, runs) in enumerate(zip(counts[place].tolist(), numbers[place].tolist())):
-            if count and _worth_slicing(len(heads), runs, count, lists.per_group, geometry):
+            if count and _worth_slicing(len(heads), runs, count, lists.per_group, geometry, size):
                 kv, tile = (x[place][block, :count].tolist() for x in (lists.kv_blocks, lists.tiles_of))
-                pieces += _slices(heads, block, _runs(kv), tile, store, geometry)
+                pieces += _slices(heads, block, _runs(kv), tile, store, geometry, size)
             elif count:
                 rest.append(block)
         if rest:
             gathered.append((heads, place, rest))
     if gathered:
-        pieces += _gathers(gathered, lists, store, geometry, width)
+        pieces += _gathers(gathered, lists, store, geometry, size)
     return pieces
 
 
@@ -96,16 +109,22 @@ def _runs(kv: list[int]) -> list[tuple[int, int]]:
     return [(kv[lo], kv[hi - 1] + 1) for lo, hi in zip(starts, [*starts[1:], len(kv)])]
 
 
-def _worth_slicing(heads: int, runs: int, count: int, per_group: bool, geometry: Geometry) -> bool:
+def _worth_slicing(heads: int, runs: int, count: int, per_group: bool, geometry: Geometry, size: _Size) -> bool:
     """Views are free, but one piece is then one query block of the heads that share it: too little work when it is one short list."""
     if not per_group or (runs > MAX_RUNS and count < LONG_RUN * runs):
         return False
     scores = geometry.group * geometry.block_q * count * geometry.block_k
-    return heads > 1 or 2 * scores > SCORES
+    return heads > 1 or 2 * scores > size.scores
 
 
 def _slices(
-    heads: range, block: int, runs: list[tuple[int, int]], tile: list[int], store: TileStore, geometry: Geometry
+    heads: range,
+    block: int,
+    runs: list[tuple[int, int]],
+    tile: list[int],
+    store: TileStore,
+    geometry: Geometry,
+    size: _Size,
 ) -> list[Piece]:
     start, stop = block * geometry.block_q, min((block + 1) * geometry.block_q, geometry.q_len)
     keys = [(lo * geometry.block_k, min(hi * geometry.block_k, geometry.kv_len)) for lo, hi in runs]
@@ -119,7 +138,7 @@ def _slices(
             first, last = slot * geometry.block_k, min(end * geometry.block_k, w)
             spans.append(Span(first, last, tuple(tile[slot:end]), r, store))
         slot = end
-    step = _together(len(heads), SCORES // max(1, geometry.group * r * w))
+    step = _together(len(heads), size.scores // max(1, geometry.group * r * w))
     return [
         Slice(
             lo=lo,
@@ -148,7 +167,7 @@ def _gathers(
     lists: _Lists,
     store: TileStore,
     geometry: Geometry,
-    width: int,
+    size: _Size,
 ) -> list[Piece]:
     """Units with equally long lists go together, whatever head they are of."""
     _, plan_heads, q_blocks, _ = lists.kv_blocks.shape
@@ -162,13 +181,13 @@ def _gathers(
     units = _Units(torch.cat(heads), torch.cat(blocks), torch.cat(rows), lists, geometry)
     pieces: list[Piece] = []
     start = 0
-    for kind, size in zip(*(x.tolist() for x in torch.unique_consecutive(units.kind, return_counts=True))):
+    for kind, number in zip(*(x.tolist() for x in torch.unique_consecutive(units.kind, return_counts=True))):
         count = kind // 2
         r, w = units.group * geometry.block_q, count * geometry.block_k
-        step = _together(size, min(SCORES // (r * w), GATHERED // (w * width)))
-        for lo in range(start, start + size, step):
-            pieces.append(units.piece(lo, min(lo + step, start + size), count, bool(kind % 2), store))
-        start += size
+        step = _together(number, min(size.scores // (r * w), size.keys // w))
+        for lo in range(start, start + number, step):
+            pieces.append(units.piece(lo, min(lo + step, start + number), count, bool(kind % 2), store))
+        start += number
     return pieces
 
 
@@ -206,10 +225,13 @@ class _Units:
         row = self.row[lo:hi]
         tile_at = (row[:0], row[:0])
         tile_ids = row[:0]
+        common: list[int] = []
         if any(self.mixed[lo:hi]):
             tiles = self.tiles_of[row, :count]
             units, slots = (tiles >= 0).nonzero(as_tuple=True)
             tile_at, tile_ids = (units, slots), tiles[units, slots]
+            if bool((tiles == tiles[0]).all()) and hi - lo > 1:  # all units alike, as within a sliding window
+                common = tiles[0].tolist()
         index = self.row_index[lo:hi].flatten()
         adjacent = self.group == 1 and self.stretch[lo] == self.stretch[hi - 1]
         return Gather(
@@ -222,6 +244,7 @@ class _Units:
             first_key_block=self.first_key_block[lo:hi],
             tile_at=tile_at,
             tile_ids=tile_ids,
+            common=common,
             store=store,
             ask_mask=any(self.lazy[lo:hi]),
             may_be_empty=not all(self.full[lo:hi]),

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .cpu_frame import Frame, Geometry, Keys, Rows
 
+_SHORT = 1 << 10  # entries
+
 Positions = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -214,7 +216,7 @@ class Gather:
 
     `heads`, `q_blocks` (n,): flat kv heads (`per_group`: all query heads of the group are rows) or flat query heads, and query blocks.
     `plan_rows` (n,): where the lists of the units are in `kv_blocks` (R, K). `tile_at`: (units, slots) that are mixed, `tile_ids`
-    which tile each has. `beyond`: columns at the end that lie past the last key. `first_row`: where the units' rows start in the
+    which tile each has; `common`: by slot, when they are the same in all units (else empty). `beyond`: columns at the end that lie past the last key. `first_row`: where the units' rows start in the
     blocked rows when they are adjacent (then they are a view), else None.
     """
 
@@ -227,6 +229,7 @@ class Gather:
     first_key_block: Tensor
     tile_at: tuple[Tensor, Tensor]
     tile_ids: Tensor
+    common: list[int]
     store: TileStore
     ask_mask: bool
     may_be_empty: bool
@@ -234,6 +237,7 @@ class Gather:
     first_row: int | None
     slots: int
     shape: tuple[int, int, int, int]
+    kept_index: Tensor | None = None
 
     @property
     def blocks(self) -> Tensor:
@@ -242,8 +246,13 @@ class Gather:
 
     @property
     def key_index(self) -> Tensor:
-        """The same among the blocks of all heads, (n * slots,). Made when needed: for selections of single keys it is as big as they."""
-        return (self.blocks + self.first_key_block).flatten()
+        """The same among the blocks of all heads, (n * slots,). Kept when short: for selections of single keys it is as big as they."""
+        if self.kept_index is not None:
+            return self.kept_index
+        index = (self.blocks + self.first_key_block).flatten()
+        if index.shape[0] <= _SHORT:
+            self.kept_index = index
+        return index
 
     def rows(self, rows: Rows, frame: Frame, name: str) -> Tensor:
         n, g, r, _ = self.shape
@@ -285,6 +294,11 @@ class Gather:
             scores[..., w - self.beyond :] = -torch.inf
         if self.ask_mask and frame.options.mask is not None:
             scores.masked_fill_(~frame.options.mask.keep(*self.positions(frame.geometry)), -torch.inf)
+        elif self.common:
+            by_slot = scores.view(n, g, r, self.slots, -1)
+            for slot, tile in enumerate(self.common):
+                if tile >= 0:
+                    by_slot[:, :, :, slot].add_(self.store.additive((tile,)))
         elif self.tile_ids.numel():
             by_slot = scores.view(n, g, r, self.slots, -1)
             units, slots = self.tile_at
