@@ -84,9 +84,10 @@ def table(rows: list[Row]) -> Table:
     from rich.table import Table
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column("what", no_wrap=True)
-    for name in ("pass", "ms", "× dense", "ideal", "share", "range", "target", "peers", "extra MB"):
-        made.add_column(name, justify="right" if name != "pass" else "left")
+    made.add_column("what")
+    for name in ("pass", "ms", "× dense", "ideal", "share (range)", "target", "peer"):
+        made.add_column(name, justify="right" if name != "pass" else "left", no_wrap=name != "peer")
+    made.add_column("MB", justify="right", no_wrap=True)
     for row in rows:
         made.add_row(*_cells(row))
     return made
@@ -97,15 +98,15 @@ def _cells(row: Row) -> list[str]:
 
     target = []
     if row.target is not None:
-        target.append(f"share ≥ {row.target:.2f}")
+        target.append(f"share ≥{row.target:.2f}")
     if row.target_ratio is not None:
-        target.append(f"≥ {row.target_ratio:g}×")
+        target.append(f"≥{row.target_ratio:g}×")
     if row.peer_target is not None:
-        target.append(f"peer ≥ {row.peer_target:g}×")
+        target.append(f"≥{row.peer_target:g}× peer")
     colour = {True: "green", False: "red", None: "default"}[row.holds]
     mark = {True: " ✓", False: " ✗", None: ""}[row.holds]
     peers = [
-        f"{name} {peer.median:.2f}×" if isinstance(peer, Ratio) else f"{name}: {peer}"
+        f"{peer.median:.2f}× {name}" if isinstance(peer, Ratio) else f"{name}: {peer}"
         for name, peer in row.peers.items()
     ]
     ranged = row.share or row.ratio
@@ -115,10 +116,10 @@ def _cells(row: Row) -> list[str]:
         f"{row.seconds * 1e3:.1f}",
         "" if row.ratio is None else f"{row.ratio.median:.2f}×",
         "" if row.ideal is None else f"{row.ideal:.2f}×",
-        "" if row.share is None else f"[{colour}]{row.share.median:.2f}[/{colour}]",
-        "" if ranged is None else f"{ranged.low:.2f}–{ranged.high:.2f}",
-        f"[{colour}]{', '.join(target)}{mark}[/{colour}]" if target else "",
-        ", ".join(peers),
+        ("" if row.share is None else f"[{colour}]{row.share.median:.2f}[/{colour}] ")
+        + ("" if ranged is None else f"[dim]{ranged.low:.2f}–{ranged.high:.2f}[/dim]"),
+        "[{0}]{1}{2}[/{0}]".format(colour, "\n".join(target), mark) if target else "",
+        "\n".join(peers),
         "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:.1f}",
     ]
 

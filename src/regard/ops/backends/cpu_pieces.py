@@ -214,10 +214,11 @@ class Slice:
 class Gather:
     """Units (flat head, query block) whose key lists are equally long.
 
-    `heads`, `q_blocks` (n,): flat kv heads (`per_group`: all query heads of the group are rows) or flat query heads, and query blocks.
-    `plan_rows` (n,): where the lists of the units are in `kv_blocks` (R, K). `tile_at`: (units, slots) that are mixed, `tile_ids`
-    which tile each has; `common`: by slot, when they are the same in all units (else empty). `beyond`: columns at the end that lie past the last key. `first_row`: where the units' rows start in the
-    blocked rows when they are adjacent (then they are a view), else None.
+    `heads`, `q_blocks` (n,): flat kv heads (`per_group`: all query heads of the group are rows) or flat query heads, and query
+    blocks. `plan_rows` (n,): where the lists of the units are in `kv_blocks` (R, K). `tile_at`: (units, slots) that are mixed,
+    `tile_ids` which tile each has; `common`: by slot, when they are the same in all units (else empty). `beyond`: columns at the
+    end that lie past the last key. `first_row`: where the units' rows start in the blocked rows when they are adjacent (then they
+    are a view), else None.
     """
 
     heads: Tensor
