@@ -32,16 +32,14 @@ if TYPE_CHECKING:
 BLOCK = 64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_TILES = 4096  # distinct mixed tiles kept; beyond, the mask is asked while the pieces run
-_SMALL = 1 << 20  # scores (B H N M) that are cheaper to compute than to plan around
-_DENSE_SHARE = 0.7  # of the blocks: above it the dense kernels win, as long as their mask is small enough to write down
+_SMALL = 1 << 18  # scores (B H N M) that are cheaper to compute than to plan around,
+_SMALL_ONCE = 1 << 21  # the same where the plan cannot be kept
 _KEPT = 8  # plans per mask or selection
 
 
 class _Work(NamedTuple):
     geometry: Geometry
     pieces: list[Piece]
-    share: float
-    """Of all blocks, those that hold work."""
 
 
 _work_of: WeakKeyDictionary[Mask | Selection, dict[tuple, _Work]] = WeakKeyDictionary()
@@ -61,11 +59,9 @@ def refuses(request: AttentionRequest) -> str | None:
 
 def suits(request: AttentionRequest) -> bool:
     batch, num_heads, q_len, _ = request.q.shape
-    if batch * num_heads * q_len * request.k.shape[2] <= _SMALL:
-        return False
-    if request.score_mod is not None or request.return_lse or not _fits_a_matrix(request):
-        return True
-    return _work(request).share <= _DENSE_SHARE
+    mask = everything if request.mask is None else request.mask
+    worth = _SMALL if _holder(request, mask) is not None else _SMALL_ONCE
+    return batch * num_heads * q_len * request.k.shape[2] > worth
 
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
@@ -145,9 +141,10 @@ def _kept_work(request: AttentionRequest) -> _Work:
     holder = _holder(request, mask)
     if holder is None:
         return _make_work(request, mask, geometry, head_dim + value_dim)
-    version = 0 if request.selection is None else request.selection.indices._version
     kept = _work_of.setdefault(holder, {})
-    key = (geometry, head_dim + value_dim, request.q.dtype, torch.get_num_threads(), mask, version)
+    # a key that named its own holder would keep it alive
+    beside = (mask, holder.indices._version) if isinstance(holder, Selection) else None
+    key = (geometry, head_dim + value_dim, request.q.dtype, torch.get_num_threads(), beside)
     if key not in kept:
         while len(kept) >= _KEPT:
             kept.pop(next(iter(kept)), None)
@@ -162,7 +159,7 @@ def _holder(request: AttentionRequest, mask: Mask) -> Mask | Selection | None:
         return None
     if selection is None:
         return mask
-    small = selection.indices.numel() <= _SMALL and not selection.indices.is_inference()
+    small = selection.indices.numel() <= 1 << 20 and not selection.indices.is_inference()
     return selection if small else None
 
 
@@ -183,7 +180,7 @@ def _make_work(request: AttentionRequest, mask: Mask, geometry: Geometry, width:
     )
     dtype = accumulation_dtype(request.q.dtype)
     pieces = lower(plan, geometry, width, dtype, packed=dtype == torch.float32 and onednn_is_better())
-    return _Work(geometry, pieces, plan.density())
+    return _Work(geometry, pieces)
 
 
 def _block_sizes(request: AttentionRequest) -> tuple[int, int]:
@@ -191,12 +188,6 @@ def _block_sizes(request: AttentionRequest) -> tuple[int, int]:
         return request.selection.block_q, request.selection.block_k
     block = BLOCK if request.k.shape[2] <= 1 << 15 else 2 * BLOCK
     return min(block, request.q.shape[2]), min(block, request.k.shape[2])
-
-
-def _fits_a_matrix(request: AttentionRequest) -> bool:
-    from .sdpa import MATRIX_LIMIT, matrix_size
-
-    return matrix_size(request) <= MATRIX_LIMIT
 
 
 def _reads_undeclared(request: AttentionRequest) -> bool:

@@ -106,7 +106,7 @@ def backward(
         None if dk is None else dk.result(k.dtype),
         None if dv is None else dv.result(v.dtype),
         None if dbias is None or bias is None else dbias.to(bias.dtype),
-        dtensors,
+        [torch.zeros_like(x) if grad is None and x.requires_grad else grad for x, grad in zip(tensors, dtensors)],
     )
 
 
