@@ -48,7 +48,7 @@ def compare(tensors, extra=(), **options):
         weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
         finite = lse.masked_fill(lse == -torch.inf, 0.0)
         value = (out.double() * weight).sum() + (finite.double() * 0.3).sum()
-        grads = torch.autograd.grad(value, [*leaves, *extra])
+        grads = torch.autograd.grad(value, [*leaves, *extra], materialize_grads=True)
         found.append([out, lse, *grads])
     for name, got, want in zip(("out", "lse", "dq", "dk", "dv", "extra 1", "extra 2"), *found):
         assert not got.isnan().any(), name
@@ -214,7 +214,7 @@ def test_score_mods_that_read_trained_tensors():
 
 
 def test_score_mods_that_ignore_or_forbid():
-    compare(inputs(), score_mod=lambda score, b, h, q_idx, kv_idx: (q_idx - kv_idx) * 0.1 + 0 * h + score.new_zeros(()))
+    compare(inputs(), score_mod=lambda score, b, h, q_idx, kv_idx: (q_idx - kv_idx).to(score.dtype) / 10)
     forbid = lambda score, b, h, q_idx, kv_idx: torch.where((q_idx % 5 == 0) | (kv_idx > 90), -torch.inf, score)  # noqa: E731
     compare(inputs(), score_mod=forbid)
     compare(inputs(), score_mod=forbid, mask=masks.sliding_window(50) & masks.causal)
@@ -247,7 +247,7 @@ def test_memory_does_not_grow_with_the_square():
     for options in ({"mask": mask}, {"mask": masks.causal}, {"selection": selection}):
         step(**options)
         peak, kept = peak_bytes(lambda options=options: step(**options))
-        assert peak - kept < 16 * size < 4 * 4096 * 4096 * 4 / 8, (options, (peak - kept) / size)
+        assert peak - kept < 12 * size < 4 * 4096 * 4096, (options, (peak - kept) / size)
 
 
 def test_plans_are_kept_for_what_cannot_change_only():
@@ -312,8 +312,18 @@ def test_products_can_be_left_to_torch(monkeypatch):
         cpu_products.onednn_is_better.cache_clear()
 
 
-def test_a_second_backward_says_that_there_is_none():
-    q, k, v = (t.requires_grad_() for t in inputs(1, 1, 1, 4, 4, 2, 2))
-    (grad,) = torch.autograd.grad(ops.attention(q, k, v, backend="cpu").sum(), [q], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_gradients_of_gradients():
+    """By the reference, so they are there; not under dropout, whose noise is not kept."""
+    leaves = [t.requires_grad_() for t in inputs(1, 2, 1, 5, 6, 3, 2)]
+    table = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+
+    def run(q, k, v, table):
+        out, lse = ops.attention(
+            q, k, v, mask=masks.causal, score_mod=scores.relative_bias(table), return_lse=True, backend="cpu"
+        )
+        return out, lse
+
+    assert torch.autograd.gradgradcheck(run, [*leaves, table])
+    out = ops.attention(*leaves, dropout=0.2, backend="cpu")
+    with pytest.raises(RuntimeError, match="create_graph=True with dropout"):
+        torch.autograd.grad(out.sum(), leaves, create_graph=True)

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,6 +70,7 @@ class Comparison:
     descriptions: dict[str, str] = field(default_factory=dict)
     units: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)  # what a method warned of
     finished: bool = False
 
     # Figures
@@ -181,7 +183,11 @@ def compare(
         if label in result.skipped or (key in result.units and not (label == "dense" and task == "text")):
             continue
         try:
-            unit, reading = _measure(model, tokenizer, method, settings, task, repeat)
+            with warnings.catch_warnings(record=True) as warned:
+                unit, reading = _measure(model, tokenizer, method, settings, task, repeat)
+            for warning in warned:
+                if warning.category is UserWarning:
+                    result.notes.setdefault(label, str(warning.message))
         except (ValueError, TypeError) as error:
             if label == "dense":
                 raise

@@ -106,6 +106,8 @@ def _run(settings, roster, json, html, png, resume, device) -> None:  # type: ig
     screen.print(report.table(result))
     for label, why in result.skipped.items():
         screen.print(f"[yellow]{label}[/yellow] could not serve this model: {why}")
+    for label, note in result.notes.items():
+        screen.print(f"[dim]{label}: {note}[/dim]")
     written = [json]
     if result.values("dense", "kv_bytes"):
         if png is not None:

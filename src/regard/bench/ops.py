@@ -96,12 +96,15 @@ def measure(setting: Setting, only: str | None = None, say: Say | None = None) -
     """The rows of all parts, or of the one named `only`."""
     if only is not None:
         require_name("only", only, PARTS)
-    say = say or (lambda text: None)
     rows: list[Row] = []
     for part in PARTS:
         if only in (None, part):
-            rows += _MEASURES[part](setting, lambda text, part=part: say(f"{part}: {text}"))
+            rows += _MEASURES[part](setting, _about(part, say or (lambda text: None)))
     return rows
+
+
+def _about(part: str, say: Say) -> Say:
+    return lambda text: say(f"{part}: {text}")
 
 
 def _inputs(setting: Setting, q_len: int | None = None) -> list[Tensor]:
@@ -184,8 +187,7 @@ def _random_blocks(setting: Setting, causal: bool) -> Selection:
     blocks = -(-setting.seq_len // setting.block)
     score = torch.rand((1, setting.num_heads, blocks, blocks), generator=generator)
     if not causal:
-        wanted = max(1, round(setting.density * blocks))
-        kept = score.argsort(-1).argsort(-1) < wanted
+        kept = score.argsort(-1).argsort(-1) < max(1, round(setting.density * blocks))
     else:
         past = torch.ones(blocks, blocks).tril().bool()
         score = score.masked_fill(~past, 2.0)
@@ -298,10 +300,10 @@ def _measure_prefill(setting: Setting, say: Say) -> list[Row]:
 
 
 def _measure_linear(setting: Setting, say: Say) -> list[Row]:
-    from .ops_state import measure_linear
+    from .ops_state import SCALING, measure_linear
 
     say("speed beside dense causal SDPA, growth up to 65536 tokens, memory")
-    quick = setting.seq_len < 8192
+    scaling = SCALING if setting.seq_len >= 8192 else (setting.seq_len, 2 * setting.seq_len)
     found = measure_linear(
         setting.seq_len,
         num_heads=setting.num_heads,
@@ -310,7 +312,7 @@ def _measure_linear(setting: Setting, say: Say) -> list[Row]:
         device=setting.device,
         repeats=setting.rounds,
         seed=setting.seed,
-        **({"scaling": (setting.seq_len, 2 * setting.seq_len)} if quick else {}),
+        scaling=scaling,
     )
     memory = {(row["pass"], row["seq_len"]): row["extra_bytes"] for row in found if row["kind"] == "memory"}
     targets = {} if setting.device.startswith("cuda") else {"forward": 15.0, "forward+backward": 9.0}

@@ -40,7 +40,7 @@ def attention_scores(
     scores = torch.einsum("bkgnd,bkmd->bkgnm", grouped, k.to(dtype)).reshape(batch, num_heads, q_len, kv_len) * scale
     b, h, qi, ki = index_grid(batch, num_heads, q_len, kv_len, q_offset, q.device)
     if score_mod is not None:
-        scores = score_mod(scores, b, h, qi, ki)
+        scores = torch.broadcast_to(score_mod(scores, b, h, qi, ki), scores.shape)
     if bias is not None:
         scores = scores + bias.to(dtype)
     keep = scores != -torch.inf

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import reference
 from ..masks import Mask, everything
 from ..plan import make_plan
 from ..reference import accumulation_dtype
@@ -71,6 +71,7 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     options = Options(
         scale=request.scale,
         mask=request.mask,
+        selection=request.selection,
         score_mod=request.score_mod,
         bias=None if bias is None else bias.detach(),
         dropout=request.dropout,
@@ -103,17 +104,46 @@ class _Blocked(torch.autograd.Function):
             return cpu_engine.forward(frame, work.pieces, q, k, v, want_lse)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, _bias, *_tensors = ctx.saved_tensors  # unpacking also checks that nothing was changed in place
+        q, k, v, bias, *_tensors = ctx.saved_tensors  # unpacking also checks that nothing was changed in place
         if grad_out is None:
             grad_out = q.new_zeros((*q.shape[:3], v.shape[3]))
         # the score mod reads its own tensors: gradients must be asked of those, not of copies
         tensors = getattr(ctx.options.score_mod, "tensors", ()) if ctx.count else ()
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, (q, k, v, bias, *tensors), grad_out, grad_lse)
         with _frame(ctx.work, ctx.options, q.dtype) as frame:
             wanted = ctx.needs_input_grad[:4]
             grads = cpu_engine.backward(frame, ctx.work.pieces, q, k, v, grad_out, grad_lse, wanted, tensors)
         return grads.q, grads.k, grads.v, grads.bias, None, None, None, *grads.tensors
+
+
+def _differentiable_backward(
+    ctx: Any, inputs: tuple[Tensor | None, ...], grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again (`create_graph=True`): by the reference, with its N x M matrix."""
+    if ctx.options.dropout > 0.0:
+        raise RuntimeError(
+            "attention: got create_graph=True with dropout on backend 'cpu', need dropout=0 or backend='eager'"
+        )
+    q, k, v, bias, *_ = inputs
+    assert q is not None and k is not None and v is not None
+    options = {name: value for name, value in vars(ctx.options).items() if name not in ("bias", "dropout", "seed")}
+    offset = ctx.work.geometry.q_offset
+    out, lse = reference.attention(q, k, v, bias=bias, q_offset=offset, return_lse=True, **options)
+    results = [(out, grad_out)] if grad_lse is None else [(out, grad_out), (lse, grad_lse)]
+    wanted = [i for i, x in enumerate(inputs) if x is not None and x.requires_grad]
+    grads: list[Tensor | None] = [None] * len(inputs)
+    found = torch.autograd.grad(
+        [result for result, _ in results],
+        [x for i, x in enumerate(inputs) if i in wanted and x is not None],
+        [grad for _, grad in results],
+        create_graph=True,
+        allow_unused=True,
+    )
+    for i, grad in zip(wanted, found):
+        grads[i] = grad
+    return *grads[:4], None, None, None, *grads[4:]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..masks import Mask
+from ..selection import Selection
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Options:
 
     scale: float
     mask: Mask | None = None
+    selection: Selection | None = None
     score_mod: Callable[..., Tensor] | None = None
     bias: Tensor | None = None
     dropout: float = 0.0

@@ -173,11 +173,11 @@ def _gathers(
     _, plan_heads, q_blocks, _ = lists.kv_blocks.shape
     heads, rows, blocks = [], [], []
     for alike, (b, h), these in gathered:
-        units = torch.tensor(these)
+        block = torch.tensor(these)
         for head in alike:
-            heads.append(torch.full_like(units, head))
-            rows.append((b * plan_heads + h) * q_blocks + units)
-            blocks.append(units)
+            heads.append(torch.full_like(block, head))
+            rows.append((b * plan_heads + h) * q_blocks + block)
+            blocks.append(block)
     units = _Units(torch.cat(heads), torch.cat(blocks), torch.cat(rows), lists, geometry)
     pieces: list[Piece] = []
     start = 0
