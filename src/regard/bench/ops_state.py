@@ -40,7 +40,7 @@ def measure_linear(
     - "speed": name, pass ("forward" or "forward+backward"), seq_len, seconds, dense_seconds (medians), and how many
       times faster than dense: ratio (median over the repeats), ratio_low, ratio_high (the spread); form, backend,
       chunk_size.
-    - "scaling": name, pass, seq_len, seconds, and time_per_token, relative to the mean over the lengths of the table
+    - "scaling": name, pass, seq_len, seconds, and time_per_token, relative to the shortest length of the table, turn by turn
       (1.0 throughout = exactly linear), with its spread time_per_token_low, time_per_token_high. On Linux an output of more than
       32 MB is fresh pages from the kernel at every call, a shorter one is memory the process still has: about a tenth
       of the forward time that belongs to the allocator.
@@ -87,9 +87,9 @@ def _scaling(
     for what in _PASSES:
         runs = {n: _linear((batch, heads, n, dim), dtype, device, seed, what, True) for n in lengths}
         times = _interleaved(runs, repeats, device)
-        means = [statistics.fmean(t / n for t, n in zip(turn, lengths)) for turn in zip(*(times[n] for n in lengths))]
+        shortest = [t / lengths[0] for t in times[lengths[0]]]
         for n in lengths:
-            growth = [t / n / mean for t, mean in zip(times[n], means)]
+            growth = [t / n / base for t, base in zip(times[n], shortest)]
             rows.append(
                 {
                     "kind": "scaling", "name": "linear, decay per head", "pass": what, "seq_len": n,
