@@ -18,16 +18,30 @@ from .._checks import require, require_int, require_name
 from .._files import require_writable, write_whole
 from ..integrations.transformers import attach
 from ..methods.call import Method
-from .tasks import Reading, divergence, read
-from .text import needle_prompt, token_windows
+from .prompts import ASKED, English, Words, prompts_for
+from .tasks import Reading, divergence, loss_by_position, read
 
-TASKS = ("ppl", "needle", "agreement")
+TASKS = ("ppl", "needle", "agreement", "positions", *ASKED)
+DEFAULT_TASKS = ("ppl", "needle", "agreement")
 DEPTHS = (0.1, 0.5, 0.9)
+PARTS = 4  # the `positions` task tells the perplexity of each quarter of the prompt
 
 COLUMNS: dict[str, tuple[str, str, bool]] = {
     "prompt_ppl": ("perplexity of the prompt (its second half)", "ppl", False),
     "decode_ppl": ("perplexity of the decoded continuation", "ppl", False),
     "needle": ("log-probability of the hidden needle, mean over depths", "nats", True),
+    "recall": ("several keys asked for after the prompt: log-probability of an answer", "nats", True),
+    "tracking": (
+        "value at the end of a chain of assignments, asked for after the prompt: log-probability",
+        "nats",
+        True,
+    ),
+    "aggregation": (
+        "most frequent words of a list, asked for after the prompt: log-probability of a token",
+        "nats",
+        True,
+    ),
+    "hits": ("share of the answers' tokens of these tasks that are the most probable ones", "", True),
     "kl": ("KL divergence from dense, next token while decoding", "nats", False),
     "prefill_seconds": ("prefill time", "s", False),
     "decode_tokens_per_second": ("decoding speed", "tokens/s", True),
@@ -44,8 +58,8 @@ class Settings:
     context: int = 1024
     decode: int = 32
     repeats: int = 2
-    tasks: tuple[str, ...] = TASKS
-    budget: int | float = 0.25
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    budget: int | float | tuple[int | float, ...] = 0.25
     depths: tuple[float, ...] = DEPTHS
 
     def __post_init__(self) -> None:
@@ -55,9 +69,14 @@ class Settings:
         require(len(self.tasks) > 0, "tasks", self.tasks, f"some of {', '.join(TASKS)}")
         for task in self.tasks:
             require_name("task", task, TASKS)
-        kind = int if isinstance(self.budget, int) else float
-        need = "tokens (int >= 1) or a fraction (float in (0, 1])"
-        require(self.budget >= 1 if kind is int else 0.0 < self.budget <= 1.0, "budget", self.budget, need)
+        require(len(self.budgets) > 0, "budget", self.budget, "at least one budget")
+        for budget in self.budgets:
+            fits = budget >= 1 if isinstance(budget, int) else 0.0 < budget <= 1.0
+            require(fits, "budget", budget, "tokens (int >= 1) or a fraction (float in (0, 1])")
+
+    @property
+    def budgets(self) -> tuple[int | float, ...]:
+        return tuple(self.budget) if isinstance(self.budget, (tuple, list)) else (self.budget,)
 
 
 @dataclass
@@ -164,6 +183,9 @@ def compare(
 
     methods = [("dense", Dense())] + [(label, method) for label, method in methods if label != "dense"]
     labels = [label for label, _ in methods]
+    prompts = prompts_for(tokenizer)
+    for task in settings.tasks:
+        require_name("task", task, prompts.tasks)
     require(len(set(labels)) == len(labels), "methods", labels, "each at most once (give variants different options)")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None:
@@ -184,7 +206,7 @@ def compare(
             continue
         try:
             with warnings.catch_warnings(record=True) as warned:
-                unit, reading = _measure(model, tokenizer, method, settings, task, repeat)
+                unit, reading = _measure(model, prompts, method, settings, task, repeat)
             for warning in warned:
                 if warning.category is UserWarning:
                     result.notes.setdefault(label, str(warning.message))
@@ -226,25 +248,30 @@ def _resumed(fresh: Comparison, path: Path) -> Comparison:
 def _jobs(methods: list[tuple[str, Method]], settings: Settings) -> Iterator[tuple[str, Method, str, int]]:
     """Round-robin over the methods within each repeat, so that a machine that drifts drifts for all of them."""
     for repeat in range(settings.repeats):
-        for label, method in methods:
-            yield label, method, "text", repeat
-        for label, method in methods:
-            if "needle" in settings.tasks:
-                yield label, method, "needle", repeat
+        for task in ("text", *(task for task in settings.tasks if task in ("needle", "positions", *ASKED))):
+            for label, method in methods:
+                yield label, method, task, repeat
 
 
 def _measure(
-    model: Any, tokenizer: Any, method: Method, settings: Settings, task: str, repeat: int
+    model: Any, prompts: English | Words, method: Method, settings: Settings, task: str, repeat: int
 ) -> tuple[dict[str, float], Reading | None]:
+    unit: dict[str, float]
     with attach(model, method):
         if task == "needle":
             unit = {}
             for depth in settings.depths:
-                prompt, answer = needle_prompt(tokenizer, settings.context, depth, number=repeat)
+                prompt, answer = prompts.needle(settings.context, depth, repeat)
                 unit[f"needle@{depth:g}"] = read(model, prompt, answer).answer_log_prob
             unit["needle"] = statistics.fmean(unit.values())
             return unit, None
-        window = token_windows(tokenizer, settings.context + settings.decode, settings.repeats)[repeat]
+        if task in ASKED:
+            return _asked(model, prompts, settings, task, repeat), None
+        if task == "positions":
+            window = prompts.windows(settings.context, settings.repeats)[repeat]
+            losses = loss_by_position(model, window, PARTS)
+            return {f"ppl@{part + 1}/{PARTS}": math.exp(loss) for part, loss in enumerate(losses)}, None
+        window = prompts.windows(settings.context + settings.decode, settings.repeats)[repeat]
         if repeat == 0:  # the first call of a kernel pays for its set-up
             read(model, window[:64], window[64:67])
         reading = read(model, window[: settings.context], window[settings.context :])
@@ -256,3 +283,13 @@ def _measure(
     if "ppl" in settings.tasks:
         unit |= {"prompt_ppl": math.exp(reading.prompt_nll), "decode_ppl": math.exp(reading.decode_nll)}
     return unit, reading
+
+
+def _asked(model: Any, prompts: English | Words, settings: Settings, task: str, repeat: int) -> dict[str, float]:
+    given = prompts.asked(task, settings.context, repeat)
+    log_probs = read(model, given.prompt, given.continuation).log_probs
+    told = torch.tensor(given.answers)
+    token = torch.tensor(given.continuation)
+    own = log_probs.gather(1, token[:, None])[told, 0]
+    hits = (log_probs.argmax(-1) == token)[told].float().mean()
+    return {task: float(own.mean()), f"{task} hits": float(hits), "hits": float(hits)}

