@@ -1,4 +1,4 @@
-"""Train the shipped model of the recall testbed: `python -m regard.testbeds.train_recall --out FOLDER` (20 minutes on two cores).
+"""Train the shipped model of the recall testbed: `python -m regard.testbeds.train_recall --out FOLDER` (about 20 minutes on two cores).
 
 A Llama of three layers learns on short sequences, where the circuit for looking a word up forms quickly, and then on longer ones,
 where it learns to hold it among thousands of others. The state is kept after every stage, so that a stopped run goes on.
@@ -19,15 +19,15 @@ from .._files import write_whole
 from . import recall
 
 STAGES = (
-    (24, 128, 1500),
-    (64, 64, 600),
-    (256, 16, 500),
-    (1024, 4, 400),
-    (2048, 2, 400),
-    (4096, 1, 300),
+    ((24,), 128, 1500, 2e-3),
+    ((64,), 64, 600, 1e-3),
+    ((256,), 16, 500, 1e-3),
+    ((1024,), 4, 400, 1e-3),
+    ((2048,), 2, 400, 1e-3),
+    ((4096,), 1, 300, 1e-3),
+    ((64, 256, 1024, 2048, 4096), 2, 400, 5e-4),
 )
-"""(sequence length, batch, steps)."""
-LEARNING_RATE = 2e-3
+"""(sequence lengths, sequences of the longest one in a batch, steps, learning rate): a batch is of one length, drawn anew each step."""
 
 
 def build(seed: int = 0) -> Any:
@@ -73,14 +73,16 @@ def batch(seq_len: int, size: int, generator: torch.Generator) -> tuple[torch.Te
             samples.append(recall.recall_sample(seq_len, pairs, queries, generator))
         else:
             most = min((seq_len - 2) // 2, recall.NUM_WORDS // 2)
-            length = int(torch.randint(most // 4, most + 1, (), generator=generator))
+            length = int(torch.randint(max(2, most // 4), most + 1, (), generator=generator))
             samples.append(recall.copy_sample(seq_len, length, generator))
     ids = torch.stack([sample.ids for sample in samples])
     answers = torch.stack([sample.answers for sample in samples])
     return ids, torch.where(answers, ids, -100)
 
 
-def train(out: Path, seed: int = 0, stages: tuple[tuple[int, int, int], ...] = STAGES, say: Any = print) -> Any:
+def train(
+    out: Path, seed: int = 0, stages: tuple[tuple[tuple[int, ...], int, int, float], ...] = STAGES, say: Any = print
+) -> Any:
     """Train, stage by stage, and write model and tokenizer to `out`."""
     from safetensors.torch import load_file, save
 
@@ -93,18 +95,20 @@ def train(out: Path, seed: int = 0, stages: tuple[tuple[int, int, int], ...] = S
         done = json.loads((out / "training.json").read_text())["stages"]
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    for number, (seq_len, size, steps) in enumerate(stages):
+    for number, (lengths, size, steps, rate) in enumerate(stages):
         if number < done:
             continue
         generator = torch.Generator().manual_seed(seed * 1000 + number)
-        rate = LEARNING_RATE if number == 0 else LEARNING_RATE / 2
         optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
         warm = min(100, max(1, steps // 4))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, warm=warm, steps=steps))
         model.train()
         losses = []
         for step in range(steps):
-            ids, labels = batch(seq_len, size, generator)
+            seq_len = lengths[0]
+            if len(lengths) > 1:
+                seq_len = lengths[int(torch.randint(len(lengths), (), generator=generator))]
+            ids, labels = batch(seq_len, size * lengths[-1] // seq_len, generator)
             loss = model(ids, labels=labels, use_cache=False).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
