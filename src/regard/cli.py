@@ -39,7 +39,7 @@ def _options(
     pass
 
 
-for _room in (".papers.commands", ".bench.verify", ".bench.commands", ".lens.commands"):
+for _room in (".papers.commands", ".bench.verify", ".bench.commands", ".lens.commands", ".scale.commands"):
     if importlib.util.find_spec(_room, __package__) is not None:
         importlib.import_module(_room, __package__).register(app)
 

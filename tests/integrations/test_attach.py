@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import regard
 from regard import masks
 from regard.integrations import session_of
+from tiny import tiny_llama
 
 
 @pytest.fixture
@@ -476,3 +478,18 @@ def test_compiled():
     with regard.attach(model, regard.Dense()):
         assert (logits(torch.compile(model), given) - before).abs().max() <= 1e-5 * before.abs().max()
     torch._dynamo.reset()
+
+
+def test_a_context_past_the_models_positions_is_warned_of_once():
+    model = tiny_llama(max_position_embeddings=32)
+    ids = torch.arange(1, 31)[None]
+    with regard.attach(model, regard.SlidingWindow(8)), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(ids)
+        assert not caught
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    told = [str(w.message) for w in caught if "max_position_embeddings = 32" in str(w.message)]
+    assert len(told) == 1 and told[0].startswith("SlidingWindow: the context has 33 tokens")
+    with regard.attach(model, regard.StreamingLLM(window=8)), warnings.catch_warnings():
+        warnings.simplefilter("error")  # distances are counted in its cache: nothing to warn of
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)

@@ -101,6 +101,22 @@ def test_between_searches_what_was_found_stays(monkeypatch):
         assert sets[first + 2][-8:] == list(range(91 + first - 6, 91 + first + 2))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"query_dims": 3}, {"resolution": 2}, {"sifters": 2}, {"representative": "random", "refresh_every": 2}],
+)
+def test_options_of_the_search_act_and_padding_changes_nothing(options):
+    model = tiny_llama()
+    ids, mask, alone = padded_batch()
+    with regard.attach(model, HiP(**SMALL)):
+        plain = logits(model, alone[0])
+    with regard.attach(model, HiP(**SMALL, **options)):
+        assert not torch.allclose(logits(model, alone[0]), plain, atol=1e-4)
+        told = generated(model, ids, attention_mask=mask)
+        for row, text in zip(told, alone):
+            assert torch.equal(row[-6:], generated(model, text)[0, -6:])
+
+
 def test_dense_layers():
     model, ids = tiny_llama(), prompt()
     dense = logits(model, ids)
@@ -192,8 +208,19 @@ def test_models_that_it_cannot_serve():
         ({"dense_layers": -1}, "dense_layers: got -1"),
         ({"dense_layers": "first"}, "dense_layers: got str"),
         ({"variant": "v1"}, "variant: unknown name 'v1'"),
+        ({"query_dims": 0}, "query_dims: got 0"),
+        ({"resolution": 0}, "resolution: got 0"),
+        ({"sifters": 3}, "sifters: got 3"),
+        ({"representative": "best"}, "representative: unknown name 'best'"),
+        ({"sifters": 2, "variant": "paper"}, "variant: got 'paper', need sifters=1"),
     ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         HiP(**options)
+
+
+def test_a_model_of_which_nothing_is_left_to_treat_is_warned_of():
+    model = tiny_llama()  # three layers, as many as stay dense by default
+    with pytest.warns(UserWarning, match="dense_layers=3 leaves all 3 layers"):
+        regard.attach(model, regard.HiP()).detach()

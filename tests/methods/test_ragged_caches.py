@@ -192,7 +192,7 @@ def test_beams_follow_their_rows_in_the_ragged_cache(model, prompt):
 
 def test_sinks_moved_by_the_model_s_own_rotary(model):
     """positions='cache': a sink key moved forward by d is the key that the model would make d positions later."""
-    from regard.methods.caches.streaming_llm import _find_rotary
+    from regard.methods.caches.decoder import find_rotary
 
     attention, rotary = model.model.layers[0].self_attn, model.model.rotary_emb
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -200,7 +200,7 @@ def test_sinks_moved_by_the_model_s_own_rotary(model):
     keys = torch.randn(2, 4, 3, 8)
     at = [rotary(keys, torch.tensor([[0, 1, 2]]) + by) for by in (0, 17)]
     early, late = (apply_rotary_pos_emb(keys, keys, *cos_sin)[1] for cos_sin in at)
-    moved = _find_rotary(model)(early, torch.tensor([17, 17]))
+    moved = find_rotary(model)(early, torch.tensor([17, 17]))
     torch.testing.assert_close(moved, late, rtol=1e-5, atol=1e-5)
     assert attention.layer_idx == 0
 

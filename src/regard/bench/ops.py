@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .._checks import require_name
 from ..ops import Selection, attention, attention_backend
 from .timing import Ratio, interleaved, peak_bytes
 
-PARTS = ("dense", "block-sparse", "window", "prefill", "linear")
+PARTS = ("dense", "block-sparse", "window", "prefill", "linear", "selectors", "neighborhood", "decode")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ def measure(setting: Setting, only: str | None = None, say: Say | None = None) -
     rows: list[Row] = []
     for part in PARTS:
         if only in (None, part):
-            rows += _MEASURES[part](setting, _about(part, say or (lambda text: None)))
+            measure_part = (
+                _MEASURES[part] if part in _MEASURES else import_module(_ELSEWHERE[part], __package__).measure
+            )
+            rows += measure_part(setting, _about(part, say or (lambda text: None)))
     return rows
 
 
@@ -334,6 +338,10 @@ def _measure_linear(setting: Setting, say: Say) -> list[Row]:
             row.extra_bytes = memory.get((line["pass"], line["seq_len"]))
             rows.append(row)
     return rows
+
+
+# Parts with a file of their own, which has `measure(setting, say) -> list[Row]`.
+_ELSEWHERE = {"selectors": ".ops_selectors", "neighborhood": ".ops_neighborhood", "decode": ".ops_decode"}
 
 
 _MEASURES: dict[str, Callable[[Setting, Say], list[Row]]] = {

@@ -27,7 +27,7 @@ def register(bench: typer.Typer) -> None:
 
 
 def ops(
-    only: Annotated[str | None, typer.Option(help="One part: dense, block-sparse, window, prefill, linear.")] = None,
+    only: Annotated[str | None, typer.Option(help="One part; default: all. A name that is none lists them.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Short sequences: shows that it runs, proves nothing.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,30 @@ class Session:
         self.image_given = "image" in self.spans
         self.arrived = False  # whether an attention call of the current forward reached regard
         self._undo: list[Callable[[], None]] = []
+        self._positions = self._known_positions()
+
+    def _known_positions(self) -> int | None:
+        """How many positions the model was made for; None where that is not said, or does not matter to what is attached."""
+        config = getattr(self.model, "config", None)
+        if any(method.bounds_positions for method in self.methods) or not hasattr(config, "get_text_config"):
+            return None
+        return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def watch_positions(self, call: AttentionCall) -> None:
+        """Warn, once, when the context grows past the positions that the model was made for: the text falls apart there, in silence."""
+        if self._positions is None or call.layer or call.kind != "self" or call.tower != self.main_tower:
+            return
+        if hasattr(call.cache, "max_cache_len"):  # a static cache: how much of it is filled costs a sync to find out
+            return
+        length = max(call.kv_len, getattr(call.cache, "seen", 0))
+        if length > self._positions:
+            limit, self._positions = self._positions, None
+            warnings.warn(
+                f"{describe(self.methods)}: the context has {length} tokens and {type(self.entry).__name__} was made for "
+                f"max_position_embeddings = {limit}; methods that keep positions within it are StreamingLLM(positions='cache') "
+                "and LongHeads",
+                stacklevel=2,
+            )
 
     def claimant(self, seam: str) -> Method | None:
         """The attached method that claims `seam`, or None."""

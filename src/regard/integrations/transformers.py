@@ -153,6 +153,7 @@ def attention_forward(
         out = call.run()
     else:
         session.arrived = True
+        session.watch_positions(call)
         out = call.run([method for method in session.methods if method.applies(call)])
         for observe in session.observers:
             observe(call)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:  # names that a file of this package has too: what they mean to a type checker
+    from .attention_influence import attention_influence as attention_influence
     from .look import look as look
     from .retrieval_heads import retrieval_heads as retrieval_heads
 
@@ -12,6 +13,11 @@ _TABLE = {
     "attention_boundaries": ".boundaries",
     "look": ".look",
     "attention_entropy": ".probes",
+    "attention_influence": ".attention_influence",
+    "answered_by_dense": ".attention_influence",
+    "influence_blocks": ".attention_influence",
+    "span_plan": ".span_search",
+    "span_plans": ".span_search",
     "sink_mass": ".probes",
     "locality": ".probes",
     "previous_token": ".probes",

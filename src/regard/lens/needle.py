@@ -8,16 +8,15 @@ text too; the needle is found by character offsets where the tokenizer has them 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import bad_value, require, require_int, require_name
+from .._prose import haystack_text
 
 __all__ = ["NEEDLES", "Needle", "NeedleHaystack", "NeedleSample", "find_span", "haystack_text"]
 
@@ -56,27 +55,6 @@ NEEDLES = (
     ),
 )
 """The default needles."""
-
-
-@cache
-def haystack_text() -> str:
-    """English prose that every Python has: the paragraphs of `pydoc_data.topics` that are whole sentences, one a line."""
-    from pydoc_data.topics import topics
-
-    paragraphs = []
-    for name in sorted(topics):
-        for block in re.split(r"\n\s*\n", topics[name]):
-            text = re.sub(r"\s+", " ", block).strip()
-            words = re.findall(r"[A-Za-z]+", text)
-            if (
-                len(words) >= 20
-                and text[0].isupper()
-                and text.endswith(".")
-                and "::=" not in text
-                and ">>>" not in text
-            ):
-                paragraphs.append(text)
-    return "\n".join(dict.fromkeys(paragraphs))
 
 
 def find_span(

@@ -1,7 +1,7 @@
 """DuoAttention's gate learning: one gate per kv head mixes full and streaming attention, distilled from the dense model.
 
 Xiao et al. 2024 (ICLR 2025), arXiv 2410.10819; numbers from mit-han-lab/duo-attention (MIT). These are the parts of the objective as
-functions; the training loop over passkey data is a later issue.
+functions; the training over passkeys is `fit_duo`.
 """
 
 from __future__ import annotations
@@ -65,5 +65,5 @@ def duo_lr_factor(step: int, steps: int, *, schedule: str = "trapezoid") -> floa
     """Learning-rate factor at `step` of `steps`: up over the first fifth (from 0.1), flat, down over the last fifth (to 0.1)."""
     require_name("schedule", schedule, ("trapezoid",))
     require(steps >= 1 and 0 <= step < steps, "step", step, f"0 <= step < steps = {steps}")
-    fifth = steps / 5
+    fifth = max(1, steps // 5)
     return min(1.0, max((step + 1) / fifth, 0.1), max((steps - step) / fifth, 0.1))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import bad_value, require
+from .._shapes import broadcast_shape
 from ..ops import masks, reference
 from ..ops.reweight import log_factor_bias
 from .method import Method, ScoreMod, UnsupportedModelError
@@ -167,8 +168,8 @@ class AttentionCall:
     def add_bias(self, bias: Tensor) -> None:
         """Add `bias`, broadcastable to (B, H, N, M), to the scaled scores."""
         try:
-            fits = torch.broadcast_shapes(bias.shape, self._score_shape) == self._score_shape
-        except RuntimeError:
+            fits = broadcast_shape(bias.shape, self._score_shape) == self._score_shape
+        except ValueError:
             fits = False
         require(
             fits, "bias", f"shape {tuple(bias.shape)}", f"broadcastable to (B, H, N, M) = {tuple(self._score_shape)}"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from .layer_spec import in_layers
+
 if TYPE_CHECKING:
     from ..ops.masks import Mask
     from ..ops.selection import Selection
@@ -32,13 +34,17 @@ class Method:
     Class attributes:
         kinds: kinds of attention that the method treats. towers: towers that it treats; None = the one that generates text
             (or the only one). honours_edits: whether `attend` itself honours `call.bias()` and `call.weight_edits`.
+            bounds_positions: whether the model never meets a distance beyond those it was trained on, however long the context
+            (may be a property).
 
-    A field named `layers` (a sequence of layer numbers, negative from the end; None = all), if the subclass has one, restricts it.
+    A field named `layers` (layer numbers, negative from the end; "first:n", "last:n", "odd", "even"; None = all), if the subclass has
+    one, restricts it.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("self",)
     towers: ClassVar[tuple[str, ...] | None] = None
     honours_edits: ClassVar[bool] = False
+    bounds_positions: ClassVar[bool] = False
 
     # Seams
 
@@ -83,8 +89,7 @@ class Method:
         towers = self.towers if self.towers is not None else (getattr(call.session, "main_tower", call.tower),)
         if call.kind not in self.kinds or call.tower not in towers:
             return False
-        layers = getattr(self, "layers", None)
-        return layers is None or call.layer in layers or call.layer - call.num_layers in layers
+        return in_layers(getattr(self, "layers", None), call.layer, call.num_layers)
 
     @classmethod
     def seams(cls) -> tuple[str, ...]:

@@ -3,6 +3,18 @@
 from .._lazy import lazy_exports
 
 _TABLE = {
+    "BlockOutput": ".block_transformer",
+    "BlockState": ".block_transformer",
+    "BlockTransformer": ".block_transformer",
+    "block_transformer": ".block_transformer",
+    "left_pad_to_block": ".block_transformer",
+    "LookupEmbedder": ".block_parts",
+    "TokenDecoder": ".block_parts",
+    "FIT": ".fit",
+    "FITAR": ".fit_ar",
+    "FITDenoiser": ".fit_denoiser",
+    "Sampling": ".sampling",
+    "parse_layers": ".fit_stages",
     "SHViT": ".shvit",
     "shvit_s1": ".shvit",
     "shvit_s2": ".shvit",

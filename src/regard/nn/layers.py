@@ -93,6 +93,14 @@ class BNLinear(nn.Module):
         return fused
 
 
+def drop_samples(y: Tensor, drop: float, training: bool) -> Tensor:
+    """Stochastic depth: y (B, ...) of a residual branch, zeroed for a share `drop` of the samples, the others scaled up."""
+    if not training or drop == 0.0:
+        return y
+    kept = torch.rand(y.shape[0], *[1] * (y.dim() - 1), device=y.device) >= drop
+    return y * (kept.to(y.dtype) / (1.0 - drop))
+
+
 class Residual(nn.Module):
     """`x + branch(x)`; in training, `drop` is the chance that a sample's branch is left out (the others scaled up)."""
 
@@ -103,11 +111,7 @@ class Residual(nn.Module):
         self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.branch(x)
-        if self.training and self.drop > 0.0:
-            kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.drop
-            y = y * (kept.to(y.dtype) / (1.0 - self.drop))
-        return x + y
+        return x + drop_samples(self.branch(x), self.drop, self.training)
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:

@@ -14,7 +14,7 @@ from . import backends
 from .masks import Mask, as_mask
 from .selection import Selection
 
-__all__ = ["AttentionRequest", "attention", "attention_backend"]
+__all__ = ["AttentionRequest", "attention", "attention_backend", "attention_request"]
 
 
 @dataclass
@@ -89,11 +89,16 @@ def attention(
 
 def attention_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Any) -> str:
     """The backend that `attention()` takes for the same arguments."""
+    return _choose(attention_request(q, k, v, **options), backend)
+
+
+def attention_request(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> AttentionRequest:
+    """The checked form of a call of `attention()` with these arguments, for other ways to compute it."""
     names = ("mask", "score_mod", "bias", "selection", "q_offset", "scale", "dropout", "return_lse")
     for name in options:
         require_name("argument", name, names)
     defaults: dict[str, Any] = dict.fromkeys(names) | {"dropout": 0.0, "return_lse": False} | options
-    return _choose(_check(q, k, v, **defaults), backend)
+    return _check(q, k, v, **defaults)
 
 
 def _choose(request: AttentionRequest, backend: str) -> str:

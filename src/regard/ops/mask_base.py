@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .._checks import bad_type, require, require_tensor
+from .._shapes import broadcast_shape
 
 Bounds = tuple[Tensor, Tensor]
+KINDS = 16  # answers of `Mask.kind` of a mask that is not put together from others
 
 
 class Mask:
@@ -22,6 +24,7 @@ class Mask:
     Subclasses define `keep` and, when they can, `bounds`. `varies_batch` / `varies_head` tell whether the answer depends on
     `b` / `h`: a plan for a mask that does not is computed once and shared. `frozen`: the answer can never change (no tensors or
     user functions inside), so a plan may be kept. `relative`: it depends on `q_idx - kv_idx` alone, so equal offsets share a tile.
+    A mask that is relative within a rectangle, though not from one to another, says so by `kind`.
     """
 
     varies_batch: bool = False
@@ -37,9 +40,13 @@ class Mask:
 
         Both answers may err on the unsure side: the first towards True, the second towards False.
         """
-        shape = torch.broadcast_shapes(b.shape, h.shape, q_lo.shape, kv_lo.shape)
+        shape = broadcast_shape(b.shape, h.shape, q_lo.shape, kv_lo.shape)
         device = q_lo.device
         return torch.ones(shape, dtype=torch.bool, device=device), torch.zeros(shape, dtype=torch.bool, device=device)
+
+    def kind(self, b: Tensor, h: Tensor, q_lo: Tensor, q_hi: Tensor, kv_lo: Tensor, kv_hi: Tensor) -> Tensor | None:
+        """A number in [0, KINDS) for each rectangle; two of equal number, size and `q_lo - kv_lo` hold the same. None: not known."""
+        return torch.zeros_like(q_lo) if self.relative else None
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.keep(b, h, q_idx, kv_idx)
@@ -98,6 +105,11 @@ def inherit(mask: Mask, *parts: Mask) -> None:
     mask.relative = all(part.relative for part in parts)
 
 
+def _both_kinds(left: Mask, right: Mask, rectangle: tuple[Tensor, ...]) -> Tensor | None:
+    one, other = left.kind(*rectangle), right.kind(*rectangle)
+    return None if one is None or other is None else one * KINDS + other
+
+
 class And(Mask):
     def __init__(self, left: Mask, right: Mask) -> None:
         self.left, self.right = left, right
@@ -110,6 +122,9 @@ class And(Mask):
         some_l, all_l = self.left.bounds(*args)
         some_r, all_r = self.right.bounds(*args)
         return some_l & some_r, all_l & all_r
+
+    def kind(self, *rectangle):
+        return _both_kinds(self.left, self.right, rectangle)
 
     def __repr__(self) -> str:
         return f"({self.left!r} & {self.right!r})"
@@ -128,6 +143,9 @@ class Or(Mask):
         some_r, all_r = self.right.bounds(*args)
         return some_l | some_r, all_l | all_r
 
+    def kind(self, *rectangle):
+        return _both_kinds(self.left, self.right, rectangle)
+
     def __repr__(self) -> str:
         return f"({self.left!r} | {self.right!r})"
 
@@ -143,6 +161,9 @@ class Not(Mask):
     def bounds(self, *args):
         some, every = self.inner.bounds(*args)
         return ~every, ~some
+
+    def kind(self, *rectangle):
+        return self.inner.kind(*rectangle)
 
     def __repr__(self) -> str:
         return f"~{self.inner!r}"

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from .._checks import require, require_int, require_name, require_tensor
+from .._shapes import broadcast_shape
 from .mask_base import Mask, inherit
+from .range_extremes import range_extremes, range_table
 
 
 class Everything(Mask):
     frozen = relative = True
 
     def keep(self, b, h, q_idx, kv_idx):
-        return torch.ones(torch.broadcast_shapes(q_idx.shape, kv_idx.shape), dtype=torch.bool, device=q_idx.device)
+        return torch.ones(broadcast_shape(q_idx.shape, kv_idx.shape), dtype=torch.bool, device=q_idx.device)
 
     def bounds(self, b, h, q_lo, q_hi, kv_lo, kv_hi):
         every = self.keep(b, h, q_lo, kv_lo)
@@ -87,7 +89,7 @@ class Dilated(Mask):
 
     def bounds(self, b, h, q_lo, q_hi, kv_lo, kv_hi):
         if self.window is None:
-            some = torch.ones(torch.broadcast_shapes(q_lo.shape, kv_lo.shape), dtype=torch.bool, device=q_lo.device)
+            some = torch.ones(broadcast_shape(q_lo.shape, kv_lo.shape), dtype=torch.bool, device=q_lo.device)
             every = some
         else:
             some, every = SlidingWindow(self.window * self.dilation).bounds(b, h, q_lo, q_hi, kv_lo, kv_hi)
@@ -177,39 +179,15 @@ class Document(Mask):
         return self._of(b, q_idx) == self._of(b, kv_idx)
 
     def bounds(self, b, h, q_lo, q_hi, kv_lo, kv_hi):
-        ranges = self._ranges().to(q_lo.device)
+        ranges = range_table(self.ids).to(q_lo.device)  # made anew each time: `ids` may have changed
         row = b if self.varies_batch else torch.zeros_like(b)
-        q_min, q_max = _range_extremes(ranges, row, q_lo, q_hi)
-        kv_min, kv_max = _range_extremes(ranges, row, kv_lo, kv_hi)
+        q_min, q_max = range_extremes(ranges, row, q_lo, q_hi)
+        kv_min, kv_max = range_extremes(ranges, row, kv_lo, kv_hi)
         some = (q_min <= kv_max) & (kv_min <= q_max)
         return some, (q_min == q_max) & (kv_min == kv_max) & (q_min == kv_min)
 
-    def _ranges(self) -> Tensor:
-        """(2, levels, B, N): smallest and largest number within [i, i + 2^level). Made anew each time: `ids` may have changed."""
-        low = high = self.ids
-        levels = [torch.stack([low, high])]
-        step = 1
-        while 2 * step <= self.ids.shape[1]:
-            later = (torch.arange(self.ids.shape[1], device=low.device) + step).clamp(max=self.ids.shape[1] - 1)
-            low, high = torch.minimum(low, low[:, later]), torch.maximum(high, high[:, later])
-            levels.append(torch.stack([low, high]))
-            step *= 2
-        return torch.stack(levels, dim=1)
-
     def __repr__(self) -> str:
         return f"document({tuple(self.ids.shape)})"
-
-
-def _range_extremes(ranges: Tensor, row: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest number within the inclusive range [lo, hi], from two overlapping powers of two."""
-    last = ranges.shape[3] - 1
-    lo, hi = lo.clamp(0, last), hi.clamp(0, last)
-    span = (hi - lo + 1).clamp(min=1)
-    level = (torch.frexp(span.double()).exponent - 1).long()
-    second = hi - (1 << level) + 1
-    low = torch.minimum(ranges[0][level, row, lo], ranges[0][level, row, second])
-    high = torch.maximum(ranges[1][level, row, lo], ranges[1][level, row, second])
-    return low, high
 
 
 class Block(Mask):
@@ -302,7 +280,7 @@ class HeadSharded(Mask):
 
     def _phase(self, h: Tensor) -> tuple[Tensor, Tensor]:
         head = h // self.group
-        dense = head >= self.num_heads - self.dense_heads
+        dense = (head >= self.num_heads - self.dense_heads) & (self.dense_heads > 0)
         phase = torch.zeros_like(head) if self.homogeneous else head * self.step
         return phase + self.offset, dense
 

@@ -11,12 +11,15 @@ are empty, full or mixed without ever making the N x M matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .._checks import bad_type
+from .._checks import bad_type, require, require_int
 from .mask_base import Bounds, DenseMask, FunctionMask, Mask, as_mask, index_grid
+from .mask_bernoulli import DistanceBernoulli
+from .mask_groups import BlockLocal, ShiftedGroup
+from .mask_intervals import Intervals, Window
 from .mask_kinds import (
     Block,
     Causal,
@@ -31,26 +34,33 @@ from .mask_kinds import (
     Sink,
     SlidingWindow,
 )
+from .mask_neighborhood import Neighborhood, grid_axes
 
 __all__ = [
     "Bounds",
     "Mask",
     "as_mask",
     "block",
+    "block_local",
     "causal",
     "dense",
     "dilated",
+    "distance_bernoulli",
     "document",
     "everything",
     "from_function",
     "head_sharded",
     "index_grid",
+    "intervals",
+    "neighborhood",
     "padding",
     "per_head",
     "prefix",
     "shifted",
+    "shifted_group",
     "sink",
     "sliding_window",
+    "window",
 ]
 
 
@@ -64,6 +74,16 @@ causal: Mask = Causal()
 def sliding_window(window: int) -> Mask:
     """Keys nearer than `window` tokens, on either side: `|q - kv| < window`. With `& causal`: `window` keys, own one included."""
     return SlidingWindow(window)
+
+
+def window(left: int | None = None, right: int | None = None) -> Mask:
+    """Keys from `left` before the query to `right` behind it, `q - left <= kv <= q + right`; None: no limit on that side."""
+    return Window(left, right)
+
+
+def intervals(first: Tensor, last: Tensor) -> Mask:
+    """The query at position p sees keys first[p] to last[p], both inclusive; nothing where first > last. (N,) or (B, N) integers."""
+    return Intervals(first, last)
 
 
 def sink(sink: int) -> Mask:
@@ -94,6 +114,36 @@ def document(ids: Tensor) -> Mask:
 def block(size: int) -> Mask:
     """Block-diagonal: a query sees its own block of `size` positions."""
     return Block(size)
+
+
+def block_local(size: int, left: int = 1) -> Mask:
+    """A query sees its own block of `size` positions and the `left` blocks before it (with `& causal`: no later ones of its own)."""
+    return BlockLocal(size, left)
+
+
+def shifted_group(
+    num_heads: int,
+    group: int,
+    *,
+    shift: str = "clip",
+    shift_heads: float = 0.5,
+    sink: int = 0,
+    length: int | None = None,
+) -> Mask:
+    """Causal attention inside groups of `group` tokens; the last heads have their groups moved by half a group.
+
+    Args:
+        num_heads: query heads. group: tokens a group, counted from position 0.
+        shift: "none": no head is moved. "clip": the moved heads have groups [0, group/2), [group/2, 3 group/2), ... and a short last
+            one, so nothing wraps around. "cyclic": the end of the sequence and its first half group make one group in which these
+            first tokens SEE THE END (LongLoRA's S2-Attn as released); needs `length` and an even group.
+        shift_heads: share of the heads that is moved, the last ones.
+        sink: tokens at the start that every later query sees, in every head.
+        length: of the sequence, for "cyclic".
+
+    Source: Chen et al. 2023 (LongLoRA, arXiv 2309.12307), Zhang 2024 (SinkLoRA, arXiv 2406.05678).
+    """
+    return ShiftedGroup(num_heads, group, shift, shift_heads, sink, length)
 
 
 def dense(tensor: Tensor, *, q_offset: int | None = None) -> Mask:
@@ -144,6 +194,60 @@ def head_sharded(
     return HeadSharded(
         num_heads, block_size, local_blocks, stride, dense_heads, homogeneous, group, step, offset, causal, position
     )
+
+
+def neighborhood(
+    shape: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    tile: int | Sequence[int] | None = None,
+) -> Neighborhood:
+    """Neighborhood attention on a grid: each token sees the `kernel_size` nearest ones along every axis.
+
+    Positions are the tokens of the grid, row-major. Windows are shifted inwards at the borders (every query of an axis that is not
+    causal sees exactly `kernel_size` keys along it); an even kernel has one key more on the left. Positions behind the grid are extra
+    keys (registers, text) that everybody sees; give `attention()` `q_offset=0` with them.
+
+    Args:
+        shape: lengths of the grid, 1 to 3 of them. The others: one value for all axes, or one an axis.
+        kernel_size: keys along the axis; kernel_size * dilation <= length. stride: queries that share a window, <= kernel_size: with
+            stride = kernel_size windows do not overlap (block attention). dilation: distance between neighboring keys of a window.
+        is_causal: along this axis a token sees itself and what comes before.
+        tile: let positions run tile by tile (of this many tokens an axis) rather than row-major, so that blocks of neighboring positions
+            see few blocks; `mask.order` (tokens,) then tells the row-major number of the token at each position.
+
+    Source: Hassani et al. 2024 (arXiv 2403.04690); borders, strides and even kernels as in SHI-Labs/NATTEN.
+    """
+    axes = grid_axes(shape, kernel_size, stride, dilation, is_causal)
+    if tile is None:
+        return Neighborhood(axes)
+    extents = tuple(tile) if isinstance(tile, Sequence) else (tile,) * len(axes)
+    require(len(extents) == len(axes), "tile", tile, f"an int, or {len(axes)} of them")
+    return Neighborhood(axes, tuple(require_int("tile", extent, 1) for extent in extents))
+
+
+def distance_bernoulli(
+    block_size: int = 128,
+    *,
+    gamma: float = 1.0,
+    sink: int = 1,
+    seed: int = 0,
+    group: int = 1,
+    per_batch: bool = False,
+) -> Mask:
+    """Blocks by chance, PrFlashAttention's pattern: D blocks apart with probability 1 / (1 + D)^gamma, their own always.
+
+    Args:
+        block_size: tokens a block, counted from position 0. gamma: 0 keeps everything. sink: first blocks that all see.
+        seed: the same gives the same draws, whatever the lengths. group: query heads that share draws. per_batch: draws of its own for
+            every batch row; else rows share them, and results do not depend on a row's place in the batch.
+
+    Combine with `causal`. Source: arXiv 2410.18441 (the probability is our choice).
+    """
+    return DistanceBernoulli(block_size, gamma, sink, seed, group, per_batch)
 
 
 def shifted(mask: Mask, start: Tensor) -> Mask:

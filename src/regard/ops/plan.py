@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._shapes import broadcast_shape
 from .masks import Mask, everything
 from .selection import Selection
 
@@ -109,7 +110,7 @@ def make_plan(
         indices = selection.indices.to(device) if device is not None else selection.indices
         if plan_heads == num_heads and indices.shape[1] not in (1, num_heads):
             indices = selection.for_heads(num_heads, num_kv_heads).to(indices.device)
-        lead = torch.broadcast_shapes((plan_batch, plan_heads), indices.shape[:2])
+        lead = broadcast_shape((plan_batch, plan_heads), indices.shape[:2])
         indices = indices.expand(*lead, *indices.shape[2:])
     else:
         indices = torch.arange(num_k, device=device).expand(plan_batch, plan_heads, num_q, num_k)
@@ -169,8 +170,9 @@ def _make_tiles(
     where = mixed.nonzero()
     blocks = j.expand(mixed.shape)[mixed]
     alike: Tensor | None = None
-    if mask.relative and where.shape[0] > 1:
-        where, blocks, alike = _one_of_each(where, blocks, block_q, block_k, q_len, kv_len)
+    kinds = _kinds(mask, where, blocks, block_q, block_k, q_len, kv_len, q_offset) if where.shape[0] > 1 else None
+    if kinds is not None:
+        where, blocks, alike = _one_of_each(where, blocks, kinds, block_q, block_k, q_len, kv_len)
     rows, columns = torch.arange(block_q, device=device), torch.arange(block_k, device=device)
     store = _TileStore(block_q, block_k, max_tiles, device)
     numbers = torch.full((where.shape[0],), FULL, dtype=torch.long, device=device)
@@ -191,13 +193,21 @@ def _make_tiles(
     return store.tiles, numbers if alike is None else numbers[alike], alive if alike is None else alive[alike]
 
 
+def _kinds(
+    mask: Mask, where: Tensor, blocks: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int, q_offset: int
+) -> Tensor | None:
+    first_row, first_key = where[:, 2] * block_q, blocks * block_k
+    last_row, last_key = (first_row + block_q).clamp(max=q_len) - 1, (first_key + block_k).clamp(max=kv_len) - 1
+    return mask.kind(where[:, 0], where[:, 1], first_row + q_offset, last_row + q_offset, first_key, last_key)
+
+
 def _one_of_each(
-    where: Tensor, blocks: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int
+    where: Tensor, blocks: Tensor, mask_kinds: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of blocks at equal distance from the diagonal, cut alike by the lengths, the first; and for each block which of them it equals."""
+    """Of blocks of one kind at equal distance from the diagonal, cut alike by the lengths, the first; and for each which it equals."""
     distance = where[:, 2] * block_q - blocks * block_k
     ragged = (where[:, 2] == (q_len - 1) // block_q).long() * 2 + (blocks == (kv_len - 1) // block_k).long()
-    kinds, alike = torch.unique(torch.stack([distance, ragged], dim=1), dim=0, return_inverse=True)
+    kinds, alike = torch.unique(torch.stack([distance, ragged, mask_kinds], dim=1), dim=0, return_inverse=True)
     first = torch.full((kinds.shape[0],), where.shape[0], dtype=torch.long, device=where.device)
     first.scatter_reduce_(0, alike, torch.arange(where.shape[0], device=where.device), reduce="amin")
     return where[first], blocks[first], alike

@@ -110,3 +110,17 @@ def merge_lse(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     weights, lse = softmax_with_lse(stacked.movedim(0, -1))
     out = sum(weights[..., i, None] * part.to(weights.dtype) for i, part in enumerate(outs))
     return torch.as_tensor(out).to(outs[0].dtype), lse
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """The same in tiles, forward and backward, as FlashAttention defines it; arguments of `regard.ops.flash_tiles.tiled_attention`."""
+    from .flash_tiles import tiled_attention  # it stands on this file
+
+    return tiled_attention(q, k, v, **options)
+
+
+def attention_cascade(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    """The same as a cascade of Einsums of one, two or three passes over the keys; arguments of `regard.ops.attention_cascade`."""
+    from .cascades import attention_cascade as run
+
+    return run(q, k, v, **options)

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from .._checks import bad_type, require, require_int, require_tensor
 
-__all__ = ["ScoreMod", "alibi", "alibi_slopes", "from_function", "relative_bias", "soft_cap", "temperature"]
+__all__ = [
+    "ScoreMod",
+    "alibi",
+    "alibi_slopes",
+    "from_function",
+    "harmonic_alibi",
+    "relative_bias",
+    "soft_cap",
+    "temperature",
+]
 
 
 class ScoreMod:
@@ -70,6 +79,24 @@ def alibi(slopes: int | Tensor) -> ScoreMod:
         return score - values.to(device=score.device, dtype=score.dtype)[h] * (q_idx - kv_idx).abs()
 
     return ScoreMod(mod, f"alibi({values.numel()} heads)", (values,))
+
+
+def harmonic_alibi(slopes: int | Tensor) -> ScoreMod:
+    """`score - slope_h * (1 + 1/2 + ... + 1/|q - kv|)`: ALiBi with harmonic steps, for use beside rotary positions.
+
+    Give the number of heads for ALiBi's slopes, or (H,) slopes. The sum grows like ln(distance) + 0.577, so far keys stay in reach.
+    Source: arXiv 2410.18441, which names the combination; its form here is our choice.
+    """
+    values = (
+        alibi_slopes(slopes) if isinstance(slopes, int) else require_tensor("slopes", slopes, dims=1, floating=True)
+    )
+
+    def mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        distance = (q_idx - kv_idx).abs().to(torch.promote_types(score.dtype, torch.float32))
+        harmonic = torch.digamma(distance + 1) + 0.57721566490153286061
+        return score - values.to(device=score.device, dtype=score.dtype)[h] * harmonic.to(score.dtype)
+
+    return ScoreMod(mod, f"harmonic_alibi({values.numel()} heads)", (values,))
 
 
 def soft_cap(cap: float) -> ScoreMod:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import bad_value, require, require_int, require_tensor
+from .._shapes import broadcast_shape
 
 
 class Selection:
@@ -89,7 +90,7 @@ class Selection:
                 getattr(other, name),
                 f"{getattr(self, name)} (as in the first)",
             )
-        shape = torch.broadcast_shapes(self.indices.shape[:3], other.indices.shape[:3])
+        shape = broadcast_shape(self.indices.shape[:3], other.indices.shape[:3])
         parts = [x.indices.expand(*shape, x.indices.shape[-1]) for x in (self, other)]
         return Selection(
             torch.cat(parts, dim=-1), block_q=self.block_q, block_k=self.block_k, q_len=self.q_len, kv_len=self.kv_len

@@ -4,9 +4,9 @@ import torch
 
 from regard.integrations.official import load_official
 from regard.lens import attention_boundaries
-from regard.losses import focal_bce, soft_label_transform
+from regard.losses import boundary_labels, boundary_loss, boundary_metrics, focal_bce, soft_label_transform
 from regard.nn import BoundaryPredictor
-from regard.ops.select import chunk_topk_attention, chunk_topk_keys
+from regard.ops.select import a_shape_blocks, chunk_topk_attention, chunk_topk_keys
 
 POOLING = {"avgpool": "mean", "avgpool_norm": "sqrt", "maxpool": "max"}
 
@@ -64,3 +64,38 @@ def attention(case):
             q, k, v, cuts, *sizes, instruction=instruction, scale=options["scaling"], **shared
         )
     return out
+
+
+def blocks(case):
+    """The four block rules of the repository's root."""
+    out = {}
+    for name, given in case.meta["official_kwargs"].items():
+        q, k = case.inputs[f"q.{name}"], case.inputs[f"k.{name}"]
+        for pattern in ("topk", "a-shape", "vertical-slash", "vertical-slash-blocks"):
+            out[f"{pattern}.{name}"] = a_shape_blocks(q, k, pattern=pattern, **given).block_map().to(torch.uint8)
+    return out
+
+
+def training(case):
+    """Three steps of their loop: labels, loss, metrics, gradients."""
+    sizes = case.meta["official_kwargs"]
+    predictor = BoundaryPredictor(sizes["channel_in"], sizes["window_size"], sizes["d_h"], sizes["heads"])
+    load_official(predictor, case.params)
+    optimizer = torch.optim.SGD(predictor.parameters(), lr=0.5)
+    out, losses, metrics = {}, [], []
+    for step, (keys, ratio) in enumerate(zip(case.inputs["keys"], case.inputs["ratios"][:, None])):
+        optimizer.zero_grad()
+        logits = predictor(keys)
+        inner, targets = boundary_labels(ratio)
+        out |= {f"mask.{step}": inner.to(torch.uint8), f"targets.{step}": targets.to(torch.uint8)}
+        out[f"logits.{step}"] = logits.detach()
+        ten, all_of_them = (boundary_metrics(logits.detach(), ratio, k) for k in (10, 500))
+        metrics.append([*(ten[name] for name in ("precision", "recall", "f1", "overlap")), all_of_them["overlap"]])
+        loss = boundary_loss(logits, ratio)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+    renamed = predictor.official_keys({name: name for name in case.params})
+    state = predictor.state_dict()
+    out |= {f"after.{theirs}": state[ours] for ours, theirs in renamed.items()}
+    return out | {"losses": torch.tensor(losses), "metrics": torch.tensor(metrics)}

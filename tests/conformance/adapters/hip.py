@@ -40,3 +40,12 @@ def first_version(case):
         found = hierarchical_topk(q[:, None, None], k[:, None], budget, 1, 1, 0, variant="paper")
         out[f"chosen.{length}"] = found.materialize()[:, 0, 0]
     return out
+
+
+def options(case):
+    """Two sifters, few query channels: which key blocks are chosen."""
+    out = {}
+    for name, given in case.meta["official_kwargs"].items():
+        q, k = case.inputs[f"q.{name}"][:, None], case.inputs[f"k.{name}"][:, None]
+        out[f"chosen.{name}"] = hierarchical_topk(q, k, **given).block_map()[:, 0].to(torch.uint8)
+    return out

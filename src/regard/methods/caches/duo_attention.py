@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import bad_type, require, require_int, require_name, require_tensor
-from ..call import AttentionCall, Method, UnsupportedModelError
+from ..call import AttentionCall, Method
+from .decoder import decoder_config, kv_heads, ragged_layers
 from .ragged import RaggedLayer
 
 _PROFILE_ROWS = 32
@@ -162,46 +163,3 @@ class DuoAttention(Method):
         lost = (key >= start + self.sink) & (query - key >= self.recent)
         mass = (weights * lost[:, None]).sum(-1).mean((0, 2))
         return mass.view(call.num_kv_heads, -1).mean(1)
-
-
-def decoder_config(model: nn.Module, method: str) -> Any:
-    """The config of the model's text decoder, or an error saying why a KV-cache method cannot serve it."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise UnsupportedModelError(
-            f"{method}: {type(model).__name__} has no transformers config, so no KV cache to shape"
-        )
-    config = config.get_text_config(decoder=True)
-    generates = getattr(model, "can_generate", lambda: False)() or getattr(config, "is_decoder", False)
-    if not generates and not hasattr(config, "use_cache"):
-        raise UnsupportedModelError(f"{method}: {type(model).__name__} is no decoder with a KV cache")
-    return config
-
-
-def kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def ragged_layers(model: nn.Module, make: Any, method: str) -> Any:
-    """A transformers `Cache` with `make(layer number)` for each layer that attends to everything; sliding-window layers keep their own."""
-    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
-
-    config = decoder_config(model, method)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise UnsupportedModelError(
-            f"{method}: {type(model).__name__} has layers of kinds {sorted(kinds)}, not only attention"
-        )
-    plain = DynamicCache(config=config).layers
-    if len(plain) < config.num_hidden_layers:
-        plain = [DynamicLayer() for _ in range(config.num_hidden_layers)]
-    sliding = [getattr(layer, "is_sliding", False) for layer in plain]
-    if all(sliding):
-        raise UnsupportedModelError(
-            f"{method}: every layer of {type(model).__name__} has a sliding window already, so there is no past to shape"
-        )
-    layers = [layer if slides else make(i) for i, (layer, slides) in enumerate(zip(plain, sliding))]
-    cache = Cache(layers=layers)
-    if getattr(model.config, "is_encoder_decoder", False):
-        return EncoderDecoderCache(cache, DynamicCache())
-    return cache

@@ -6,54 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
-from ... import ops
 from ..._checks import bad_value
 from ...ops import masks
-from ..call import AttentionCall
-
-_PAGE = 128  # tokens by which the store of the full heads grows: one copy every _PAGE steps, at most _PAGE - 1 rows of slack
-
-
-class GrowingStore:
-    """Keys and values that only grow, (B, H, length, D) each, in storage that grows by pages."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, H, n, D) rows; returns views of everything held."""
-        need = self.length + keys.shape[2]
-        if self._keys is None or self._values is None or need > self._keys.shape[2]:
-            capacity = -(-need // _PAGE) * _PAGE
-            self._keys, self._values = (
-                self._grown(self._keys, keys, capacity),
-                self._grown(self._values, values, capacity),
-            )
-        self._keys[:, :, self.length : need] = keys
-        self._values[:, :, self.length : need] = values
-        self.length = need
-        return self.views()
-
-    def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-        new = like.new_empty((*like.shape[:2], capacity, like.shape[3]))
-        if old is not None:
-            new[:, :, : self.length] = old[:, :, : self.length]
-        return new
-
-    def views(self) -> tuple[Tensor, Tensor]:
-        assert self._keys is not None and self._values is not None
-        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
-
-    def drop_last(self, count: int) -> None:
-        self.length -= count
-
-    def map_rows(self, fn: Any) -> None:
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = fn(self._keys), fn(self._values)
+from ...ops.growing_store import GrowingStore
+from ..call import AttentionCall, Method
+from .layer import AttendingLayer, attention_over
 
 
 class StreamStore:
@@ -111,7 +69,7 @@ class StreamStore:
             self.sinks, self.tail = tuple(map(fn, self.sinks)), tuple(map(fn, self.tail))  # type: ignore[assignment]
 
 
-class RaggedLayer(CacheLayerMixin):
+class RaggedLayer(AttendingLayer):
     """One layer's cache in which each kv head keeps everything or only `sink` + `recent` entries.
 
     `update` takes the new keys and values and hands them back; the attention over what is stored is `attend`, which the method
@@ -124,101 +82,33 @@ class RaggedLayer(CacheLayerMixin):
             (DuoAttention's released code). True: a query sees keys with `q - kv < recent` and sinks, in every phase.
     """
 
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-
     def __init__(self, streaming: Tensor | None, sink: int, recent: int, exact_window: bool = False) -> None:
-        super().__init__()
         self.streaming, self.sink, self.recent, self.exact_window = streaming, sink, recent, exact_window
-        self._clear()
+        super().__init__()
 
-    def _clear(self) -> None:
-        self.seen = 0
-        self.start: Tensor | None = None
-        self.latest_start = 0
+    def clear(self) -> None:
         self._head_numbers: list[tuple[Any, Any]] | None = None
         self.full = GrowingStore()
         self.stream = StreamStore(self.sink, max(0, self.recent - 1) if self.exact_window else self.recent)
-        self.pending: tuple[Tensor, Tensor] | None = None
 
-    # What transformers asks of a cache layer
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.pending is not None:
-            raise RuntimeError(
-                "this KV cache belongs to an attached regard method, and the method is no longer attached"
-            )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.pending = (key_states, value_states)
-        self.seen += key_states.shape[2]
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + int(query_length), 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self._clear()
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map_rows(lambda t: t[indices.to(t.device)])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens (a negative number of them), which only heads that keep everything can do."""
-        count = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
-        if count <= 0 or self.seen == 0:
-            return
+    def drop_last(self, count: int) -> None:
+        """Take back the last tokens, which only heads that keep everything can do."""
         if self.streaming is None or bool(self.streaming.any()):
-            raise bad_value(
-                "crop", tokens_to_remove, "a cache without streaming heads: what they evicted cannot be taken back"
-            )
+            raise bad_value("crop", -count, "a cache without streaming heads: what they evicted cannot be taken back")
         self.full.drop_last(count)
-        self.seen -= count
 
-    def _map_rows(self, fn: Any) -> None:
-        if self.seen:
-            self.full.map_rows(fn)
-            self.stream.map_rows(fn)
-            self.start = None if self.start is None else fn(self.start)
-
-    def offload(self) -> None:
-        self._map_rows(lambda t: t.to("cpu"))
-
-    def prefetch(self) -> None:
-        self._map_rows(lambda t: t.to(self.device))
+    def map_rows(self, fn: Any) -> None:
+        self._head_numbers = None
+        self.full.map_rows(fn)
+        self.stream.map_rows(fn)
 
     # The attention over it
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Head outputs (B, H, N, Dv) of a call whose keys and values `update` has just taken in."""
-        if self.pending is None or self.streaming is None:
-            raise RuntimeError("RaggedLayer.attend needs an update before it, and `streaming` set")
-        keys, values = self.pending
-        before = self.seen - keys.shape[2]
-        if self.start is None:
-            self.start = call.start.clone()
-            self.latest_start = int(self.start.max())
+        if self.streaming is None:
+            raise RuntimeError("RaggedLayer.attend needs `streaming` set before it")
+        keys, values, before = self.take(call)
         (full, q_full), (stream, q_stream) = self._heads(call.num_heads // keys.shape[1], keys.device)
         if stream is None:
             out = self._attend_full(call, call.q, keys, values, before)
@@ -229,7 +119,6 @@ class RaggedLayer(CacheLayerMixin):
             for heads, q_heads, attend in ((full, q_full, self._attend_full), (stream, q_stream, self._attend_stream)):
                 q, k, v = call.q.index_select(1, q_heads), keys.index_select(1, heads), values.index_select(1, heads)
                 out.index_copy_(1, q_heads, attend(call, q, k, v, before))
-        self.pending = None
         return out
 
     def _heads(self, group: int, device: torch.device) -> list[tuple[Any, Any]]:
@@ -245,7 +134,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def _attend_full(self, call: AttentionCall, q: Tensor, keys: Tensor, values: Tensor, before: int) -> Tensor:
         keys, values = self.full.append(keys, values)
-        return _attention(call, q, keys, values, call.mask if call.mask is not None else masks.causal)
+        return attention_over(call, q, keys, values, call.mask if call.mask is not None else masks.causal)
 
     def _attend_stream(self, call: AttentionCall, q: Tensor, keys: Tensor, values: Tensor, before: int) -> Tensor:
         assert self.start is not None
@@ -254,7 +143,7 @@ class RaggedLayer(CacheLayerMixin):
             if self.exact_window:
                 sees = masks.sliding_window(self.recent) | _sinks(self.start, self.sink)
                 mask = sees & (masks.causal if call.mask is None else call.mask)
-            out = _attention(call, q, keys, values, mask)
+            out = attention_over(call, q, keys, values, mask)
         else:
             out = self._attend_stored(call, q, keys, values, before)
         self.stream.add(keys, values, before, self.start)
@@ -268,7 +157,7 @@ class RaggedLayer(CacheLayerMixin):
         all_values = torch.cat([stream.sinks[1], stream.tail[1], values], dim=2)
         new = keys.shape[2]
         if new == 1 and stream.settled(before, self.latest_start):
-            return _attention(call, q, all_keys, all_values, None)
+            return attention_over(call, q, all_keys, all_values, None)
         position, keep = stream.visible(before, start)
         fresh = before + torch.arange(new, device=q.device)
         position = torch.cat([position, fresh.expand(position.shape[0], -1)], 1)[:, None, None, :]
@@ -278,7 +167,7 @@ class RaggedLayer(CacheLayerMixin):
         if self.exact_window:
             is_sink = position < (start + self.sink)[:, None, None, None]
             sees = sees & (is_sink | (query - position < self.recent))
-        return _attention(call, q, all_keys, all_values, sees)
+        return attention_over(call, q, all_keys, all_values, sees)
 
     def _sink_keys(self, keys: Tensor, seen: int) -> Tensor:
         """Sink keys as the queries are to see them; a subclass may move them to other positions."""
@@ -291,30 +180,32 @@ def _sinks(start: Tensor, sink: int) -> masks.Mask:
     return masks.padding(start + sink)
 
 
-def _attention(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    score_mod = None if call.soft_cap is None else ops.scores.soft_cap(call.soft_cap)
-    return ops.attention(
-        q, k, v, mask=mask, score_mod=score_mod, scale=call.scale, dropout=call.dropout, backend=call.backend
-    )
-
-
 def kv_bytes(cache: Any) -> int:
-    """Bytes of all tensor storages that a cache (or a cache layer) holds, each storage counted once, as allocated."""
+    """Bytes of all tensor storages that a cache (or a cache layer) holds, each storage counted once, as allocated.
+
+    What a cache only refers to does not count: modules, methods and whatever else is neither a cache nor a part of one.
+    """
     storages: dict[int, int] = {}
     seen: set[int] = set()
-
-    def walk(value: Any) -> None:
+    waiting: list[Any] = [cache]
+    while waiting:
+        value = waiting.pop()
         if isinstance(value, Tensor):
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                walk(item)
-        elif isinstance(value, dict):
-            for item in value.values():
-                walk(item)
-        elif hasattr(value, "__dict__") and id(value) not in seen and not isinstance(value, (type, torch.nn.Module)):
+        elif id(value) not in seen:
             seen.add(id(value))
-            walk(vars(value))
-
-    walk(cache)
+            if isinstance(value, dict):
+                waiting += value.values()
+            elif isinstance(value, (list, tuple, set)):
+                waiting += value
+            elif _part_of_a_cache(value):
+                waiting += vars(value).values()
     return sum(storages.values())
+
+
+def _part_of_a_cache(value: Any) -> bool:
+    if isinstance(value, (type, torch.nn.Module, Method)) or not hasattr(value, "__dict__"):
+        return False
+    kind = type(value)
+    known = kind.__module__.startswith(("regard.methods.", "regard.ops.", "transformers.cache_utils"))
+    return known or any(base.__module__ == "transformers.cache_utils" for base in kind.__mro__)

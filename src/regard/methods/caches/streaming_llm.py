@@ -6,7 +6,6 @@ THE CACHE; since scores depend on relative positions only, that is the sinks mov
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ..._checks import require_int, require_name
 from ..call import AttentionCall, Method, UnsupportedModelError
-from .duo_attention import ragged_layers
+from .decoder import find_rotary, ragged_layers
 from .ragged import RaggedLayer
 
 
@@ -41,16 +40,20 @@ class StreamingLLM(Method):
         require_int("window", self.window, 1)
         require_name("positions", self.positions, ("cache", "kept"))
 
+    @property
+    def bounds_positions(self) -> bool:  # type: ignore[override]
+        return self.positions == "cache"
+
     def check(self, model: nn.Module) -> None:
         self.cache(model)  # says why, where it cannot
-        if self.positions == "cache" and _find_rotary(model) is None:
+        if self.positions == "cache" and find_rotary(model) is None:
             raise UnsupportedModelError(
                 f"StreamingLLM(positions='cache') needs rotary embeddings of constant frequencies, and {type(model).__name__} has none "
                 "that could be found; use positions='kept'"
             )
 
     def cache(self, model: nn.Module) -> Any:
-        rotary = _find_rotary(model) if self.positions == "cache" else None
+        rotary = find_rotary(model) if self.positions == "cache" else None
 
         def make(number: int) -> RaggedLayer:
             return _StreamingLayer(self.sink, self.window, rotary)
@@ -85,24 +88,3 @@ class _StreamingLayer(RaggedLayer):
             return keys
         evicted = (seen - self.start - self.sink - self.recent).clamp(min=0)
         return self.rotary(keys, evicted) if bool(evicted.any()) else keys
-
-
-def _find_rotary(model: nn.Module) -> Any:
-    """A function that moves rotated keys (B, H, n, D) forward by (B,) positions, in the model's own rotary convention; None without one."""
-    embedding = next(
-        (m for n, m in model.named_modules() if n.split(".")[-1] == "rotary_emb" and hasattr(m, "inv_freq")), None
-    )
-    if embedding is None or getattr(embedding, "rope_type", "default") in ("dynamic", "longrope"):
-        return None
-    rotate_half = getattr(sys.modules[type(embedding).__module__], "rotate_half", None)
-    if rotate_half is None:
-        return None
-
-    def move(keys: Tensor, by: Tensor) -> Tensor:
-        cos, sin = (part.float() / embedding.attention_scaling for part in embedding(keys.float(), by[:, None]))
-        cos, sin = cos[:, None], sin[:, None]
-        turned, rest = keys[..., : cos.shape[-1]].float(), keys[..., cos.shape[-1] :]
-        turned = turned * cos + rotate_half(turned) * sin
-        return torch.cat([turned.to(keys.dtype), rest], dim=-1)
-
-    return move

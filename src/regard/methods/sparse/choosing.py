@@ -7,6 +7,7 @@ for the sequence alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from ...ops.select.choice import Choice
 from ...ops.select.membership import InSelection
 from ...ops.selection import Selection
 from ..call import AttentionCall, Method
+from .memory import memory_of
 
 
 @dataclass
@@ -68,7 +70,7 @@ class ChoosingMethod(Method):
         raise TypeError(f"{type(self).__name__} does not define choose()")
 
     def attend(self, call: AttentionCall) -> Tensor | None:
-        stretches = list(_stretches(call, type(self).__name__))
+        stretches = list(stretches_of(call, type(self).__name__))
         choices = [self.choose(stretch) for stretch in stretches]
         if all(choice is None for choice in choices):
             return None
@@ -94,7 +96,8 @@ class ChoosingMethod(Method):
         return out
 
 
-def _stretches(call: AttentionCall, name: str):
+def stretches_of(call: AttentionCall, name: str) -> Iterator[Stretch]:
+    """Rows of the batch that have equal left padding, without it; rows of nothing but padding are left out."""
     end = call.q_offset + call.q_len  # keys from here on are the unfilled part of a static cache
     starts = [0] * call.batch if call.mask is None else call.start.tolist()
     memory = _memory(call, name)
@@ -112,7 +115,7 @@ def _stretches(call: AttentionCall, name: str):
 def _memory(call: AttentionCall, name: str) -> dict[Any, dict[str, Any]]:
     if call.cache is None:
         return {}
-    kept = call.cache.__dict__.setdefault("_regard_memory", {})
+    kept = memory_of(call.cache)
     if (
         call.phase != "decode"
     ):  # a prompt, or more of it: what was remembered belongs to an earlier sequence or is out of date
@@ -141,7 +144,7 @@ def _part(stretch: Stretch, choice: Choice | None) -> AttentionCall:
 
     own = None if call.mask is None else cut(call.mask)
     n, m = stretch.q.shape[2], stretch.k.shape[2]
-    is_causal = own is not None and _is_causal(own, n, m)
+    is_causal = own is not None and is_plain_causal(own, n, m)
     return replace(
         call,
         q=stretch.q,
@@ -159,10 +162,29 @@ def _part(stretch: Stretch, choice: Choice | None) -> AttentionCall:
     )
 
 
-def _is_causal(mask: Tensor, n: int, m: int) -> bool:
+def is_plain_causal(mask: Tensor, n: int, m: int) -> bool:
     """Whether a bool mask (B|1, H|1, n, m) is the plain causal one: fast kernels can then do without it."""
     wanted = masks.causal.materialize(n, m, device=mask.device)
     return mask.shape[2:] == wanted.shape[2:] and bool((mask == wanted).all())
+
+
+def plainly_causal(mask: Tensor, stretches: list[Stretch]) -> bool:
+    """Whether the model's mask is the plain causal one in every stretch: nothing but left padding and the future is hidden.
+
+    Compared entry by entry, once for the layers of a forward that share the mask.
+    """
+    found = getattr(mask, "plainly_causal", None)
+    if found is None:
+        found = all(_sees_its_past(mask, stretch) for stretch in stretches)
+        mask.plainly_causal = found  # type: ignore[attr-defined]
+    return found
+
+
+def _sees_its_past(mask: Tensor, stretch: Stretch) -> bool:
+    rows = mask if stretch.rows is None or mask.shape[0] == 1 else mask[stretch.rows]
+    end = stretch.start + stretch.k.shape[2]
+    own = rows.expand(-1, -1, stretch.call.q_len, -1)[:, :, stretch.cut :, stretch.start : end]
+    return is_plain_causal(own, stretch.q.shape[2], stretch.k.shape[2])
 
 
 class _Together(Mask):

@@ -1,14 +1,15 @@
 """HiP Attention, Lee et al., "A Training-Free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned
 Attention" (2024, ICLR 2025, arXiv 2406.09827). Code read for numbers: DeepAuto-AI/hip-attention @ fea42c7 (FSL-1.1-MIT).
 
-The search is `regard.ops.select.hierarchical_topk`, exact to the authors' deterministic v1.1 search; what they switch on in their
-GPU kernels for speed only (SparQ, a lower-resolution estimator, random representatives) is left out.
+The search is `regard.ops.select.hierarchical_topk`, exact to the authors' deterministic v1.1 search. What their GPU kernels switch on for
+speed (32 query channels, half the resolution, random representatives) is off by default here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..._checks import require, require_int, require_name, resolve_budget
@@ -38,6 +39,8 @@ class HiP(ChoosingMethod):
             then reaches back to where it began at the search, so no key is lost). With beam search a beam that was replaced
             may go on with its sibling's keys until the next search.
         block_q: queries that are searched for together. block_k: keys a key block. group: neighbouring keys searched as one.
+        query_dims, resolution, sifters: see `regard.ops.select.hierarchical_topk`. representative: of a group of keys, its "first" block
+            or a "random" one, drawn by `seed`, layer and length, so that equal prompts give equal answers.
         variant: "released" (the authors' v1.1) or "paper" (v1.0), see `regard.ops.select.hierarchical_topk`.
 
     Raises (from `attach`):
@@ -52,6 +55,11 @@ class HiP(ChoosingMethod):
     block_q: int = 32
     block_k: int = 2
     group: int = 1
+    query_dims: int | None = None
+    resolution: int = 1
+    sifters: int = 1
+    representative: str = "first"
+    seed: int = 0
     variant: str = "released"
 
     def __post_init__(self) -> None:
@@ -63,12 +71,21 @@ class HiP(ChoosingMethod):
             ("block_q", self.block_q, 1),
             ("block_k", self.block_k, 1),
             ("group", self.group, 1),
+            ("query_dims", 1 if self.query_dims is None else self.query_dims, 1),
+            ("resolution", self.resolution, 1),
+            ("sifters", self.sifters, 1),
+            ("seed", self.seed, 0),
         ):
             require_int(name, value, least)
         require(self.window >= self.group, "window", self.window, f"at least group = {self.group} keys")
         if isinstance(self.budget, int):
             require(self.budget >= self.group, "budget", self.budget, f"at least group = {self.group} keys")
         require_name("variant", self.variant, ("released", "paper"))
+        require_name("representative", self.representative, ("first", "random"))
+        require(self.sifters <= 2, "sifters", self.sifters, "1 or 2")
+        if self.variant == "paper":
+            plain = self.sifters == 1 and self.representative == "first"
+            require(plain, "variant", self.variant, "sifters=1 and representative='first' with variant='paper'")
         check_dense_layers(self.dense_layers)
 
     def check(self, model: nn.Module) -> None:
@@ -89,9 +106,24 @@ class HiP(ChoosingMethod):
         return with_window(found, self.window + age, self.sink, stretch.q_offset)
 
     def _search(self, stretch: Stretch, budget: int) -> Selection:
-        window = search_window(self.window, self.group)
+        call, generator = stretch.call, None
+        if self.representative == "random":
+            seed = (self.seed * 1009 + call.layer) * (1 << 32) + stretch.k.shape[2]
+            generator = torch.Generator(stretch.q.device).manual_seed(seed % (1 << 63))
         return hierarchical_topk(
-            stretch.q, stretch.k, budget, self.block_q, self.block_k, window, self.group, variant=self.variant
+            stretch.q,
+            stretch.k,
+            budget,
+            self.block_q,
+            self.block_k,
+            search_window(self.window, self.group),
+            self.group,
+            representative=self.representative,
+            query_dims=self.query_dims,
+            resolution=self.resolution,
+            sifters=self.sifters,
+            variant=self.variant,
+            generator=generator,
         )
 
     def _found_lately(self, stretch: Stretch, budget: int) -> tuple[Selection, int]:

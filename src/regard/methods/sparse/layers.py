@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,10 +35,18 @@ def windowed(call: AttentionCall) -> bool:
 
 
 def require_causal(method: object, model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` unless some attention of `model` is causal."""
+    """Raise `UnsupportedModelError` unless some attention of `model` is causal; warn where the method leaves every layer dense."""
     if not any(getattr(module, "is_causal", False) for module in model.modules()):
         raise UnsupportedModelError(
             f"model: {type(model).__name__} has no causal self-attention, and {type(method).__name__} is for causal models only"
+        )
+    dense = getattr(method, "dense_layers", 0)
+    number = getattr(text_config(model), "num_hidden_layers", None)
+    if isinstance(number, int) and number and all(stays_dense(dense, layer, number) for layer in range(number)):
+        warnings.warn(
+            f"{type(method).__name__}: dense_layers={dense!r} leaves all {number} layers of {type(model).__name__} dense, "
+            "so nothing is saved and nothing changes; use fewer",
+            stacklevel=3,
         )
 
 

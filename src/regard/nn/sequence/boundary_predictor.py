@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import require, require_int, require_tensor
+from ..._files import write_whole
 from ...ops.select.boundaries import pick_boundaries
 
 _NEVER = -100.0  # the score of gaps too near to an end, as released
@@ -130,6 +134,32 @@ class BoundaryPredictor(nn.Module):
         """
         scores = self.gap_scores(k, wide_margins=wide_margins)
         return pick_boundaries(scores, num_chunks, theta=theta, nms=nms, instruction=instruction), scores
+
+    def save(self, path: str | Path) -> Path:
+        """Write weights and sizes to a safetensors file, whole or not at all."""
+        from safetensors.torch import save
+
+        sizes = {"window": self.window, "heads": self.heads}
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        return write_whole(path, save(plain, {"regard": json.dumps({"boundary_predictor": sizes})}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> BoundaryPredictor:
+        """A predictor that `save` wrote. Another file gives a `ValueError`."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                sizes = json.loads((file.metadata() or {})["regard"])["boundary_predictor"]
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            hidden, channels = state["score.0.weight"].shape[0], state["norm.weight"].shape[0]
+            made = cls(channels, sizes["window"], hidden, sizes["heads"], "pool.weight" in state)
+            made.load_state_dict(state)
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(f"path: {str(path)!r} is no file that BoundaryPredictor.save wrote ({error})") from None
+        return made.eval()
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, window={self.window}, heads={self.heads}"

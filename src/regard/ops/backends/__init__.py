@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..attention import AttentionRequest
 
-BACKENDS = ("eager", "sdpa", "cpu", "flex", "triton")
-"""Names for `backend=`: `eager` the reference, `sdpa` torch's fused kernels, `cpu` blocked with backward, `flex` compiled FlexAttention,
+BACKENDS = ("eager", "sdpa", "gather", "cpu", "flex", "triton")
+"""Names for `backend=`: `eager` the reference, `sdpa` torch's fused kernels, `gather` one block of queries over the
+keys selected for it, `cpu` blocked with backward, `flex` compiled FlexAttention,
 `triton` block-sparse GPU kernels."""
 
 _LOADED: dict[str, ModuleType] = {}
@@ -32,6 +33,8 @@ def load(name: str) -> ModuleType:
 def choose(request: AttentionRequest) -> str:
     """The fastest backend that serves the request on its device; `eager` when no other does."""
     order = ("sdpa", "triton", "flex") if request.q.is_cuda else ("cpu", "sdpa")
-    if order[0] != "sdpa" and load("sdpa").is_native(request):
+    if request.selection is not None:
+        order = ("gather", *order)
+    elif order[0] != "sdpa" and load("sdpa").is_native(request):
         order = ("sdpa", *order)
     return next((name for name in order if load(name).refuses(request) is None and load(name).suits(request)), "eager")

@@ -8,7 +8,7 @@ piece's, plus a float32 copy of the keys for half types; nothing grows with N x 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -37,12 +37,14 @@ _SMALL_ONCE = 1 << 21  # the same where the plan cannot be kept
 _KEPT = 8  # plans per mask or selection
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
+    """A call's sizes and the pieces that do it."""
+
     geometry: Geometry
-    pieces: list[Piece]
+    pieces: Sequence[Piece]
 
 
-_work_of: WeakKeyDictionary[Mask | Selection, dict[tuple, _Work]] = WeakKeyDictionary()
+_work_of: WeakKeyDictionary[Mask | Selection, dict[tuple, Work]] = WeakKeyDictionary()
 
 
 def refuses(request: AttentionRequest) -> str | None:
@@ -77,11 +79,25 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         dropout=request.dropout,
         seed=int(torch.randint(1 << 62, ())) if request.dropout > 0.0 else 0,
     )
-    if not request.needs_grad:
-        with torch.no_grad(), _frame(work, options, request.q.dtype) as frame:
-            return cpu_engine.forward(frame, work.pieces, request.q, request.k, request.v, request.return_lse)
     tensors = getattr(request.score_mod, "tensors", ())
-    return _Blocked.apply(request.q, request.k, request.v, bias, options, work, request.return_lse, *tensors)
+    return run_pieces(request.q, request.k, request.v, bias, options, work, request.return_lse, tensors)
+
+
+def run_pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    work: Work,
+    return_lse: bool,
+    tensors: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse or None) from the pieces of `work`, with a graph where one of the inputs or of the score mod's `tensors` asks for it."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias, *tensors)):
+        return _Blocked.apply(q, k, v, bias, options, work, return_lse, *tensors)
+    with torch.no_grad(), _frame(work, options, q.dtype) as frame:
+        return cpu_engine.forward(frame, work.pieces, q, k, v, return_lse)
 
 
 class _Blocked(torch.autograd.Function):
@@ -93,7 +109,7 @@ class _Blocked(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         options: Options,
-        work: _Work,
+        work: Work,
         want_lse: bool,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
@@ -128,7 +144,10 @@ def _differentiable_backward(
         )
     q, k, v, bias, *_ = inputs
     assert q is not None and k is not None and v is not None
-    options = {name: value for name, value in vars(ctx.options).items() if name not in ("bias", "dropout", "seed")}
+    if bias is not None and ctx.options.spread is not None:
+        bias = ctx.options.spread(bias)
+    left = ("bias", "dropout", "seed", "spread")
+    options = {name: value for name, value in vars(ctx.options).items() if name not in left}
     offset = ctx.work.geometry.q_offset
     out, lse = reference.attention(q, k, v, bias=bias, q_offset=offset, return_lse=True, **options)
     results = [(out, grad_out)] if grad_lse is None else [(out, grad_out), (lse, grad_lse)]
@@ -147,7 +166,7 @@ def _differentiable_backward(
 
 
 @contextlib.contextmanager
-def _frame(work: _Work, options: Options, dtype: torch.dtype) -> Iterator[Frame]:
+def _frame(work: Work, options: Options, dtype: torch.dtype) -> Iterator[Frame]:
     """What the pieces share. Products are in the type chosen here (also under autocast), by the faster library."""
     dtype = accumulation_dtype(dtype)
     off = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
@@ -155,14 +174,14 @@ def _frame(work: _Work, options: Options, dtype: torch.dtype) -> Iterator[Frame]
         yield Frame(work.geometry, options, dtype, packed)
 
 
-def _work(request: AttentionRequest) -> _Work:
+def _work(request: AttentionRequest) -> Work:
     """The pieces of a request: made once for it, and kept for selections and for masks that cannot change."""
     if "cpu" not in request.memo:
         request.memo["cpu"] = _kept_work(request)
     return request.memo["cpu"]
 
 
-def _kept_work(request: AttentionRequest) -> _Work:
+def _kept_work(request: AttentionRequest) -> Work:
     mask = everything if request.mask is None else request.mask
     block_q, block_k = _block_sizes(request)
     batch, num_heads, q_len, head_dim = request.q.shape
@@ -193,7 +212,7 @@ def _holder(request: AttentionRequest, mask: Mask) -> Mask | Selection | None:
     return selection if small else None
 
 
-def _make_work(request: AttentionRequest, mask: Mask, geometry: Geometry, width: int) -> _Work:
+def _make_work(request: AttentionRequest, mask: Mask, geometry: Geometry, width: int) -> Work:
     plan = make_plan(
         mask,
         request.selection,
@@ -210,7 +229,7 @@ def _make_work(request: AttentionRequest, mask: Mask, geometry: Geometry, width:
     )
     dtype = accumulation_dtype(request.q.dtype)
     pieces = lower(plan, geometry, width, dtype, packed=dtype == torch.float32 and onednn_is_better())
-    return _Work(geometry, pieces)
+    return Work(geometry, pieces)
 
 
 def _block_sizes(request: AttentionRequest) -> tuple[int, int]:

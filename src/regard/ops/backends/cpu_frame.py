@@ -41,7 +41,8 @@ class Geometry:
 
 @dataclass
 class Options:
-    """How scores become weights. `bias` is 4-D with axes of size 1 where it broadcasts."""
+    """How scores become weights. `bias` is 4-D with axes of size 1 where it broadcasts; pieces that read it in another form come with
+    `spread`, which makes that of it for the reference."""
 
     scale: float
     mask: Mask | None = None
@@ -50,6 +51,7 @@ class Options:
     bias: Tensor | None = None
     dropout: float = 0.0
     seed: int = 0
+    spread: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass

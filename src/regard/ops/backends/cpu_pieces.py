@@ -62,7 +62,7 @@ class Piece(Protocol):
         ...
 
 
-def _heads(flat: Tensor, geometry: Geometry, per_group: bool) -> tuple[Tensor, Tensor]:
+def flat_heads(flat: Tensor, geometry: Geometry, per_group: bool) -> tuple[Tensor, Tensor]:
     """Batch (n, 1, 1, 1) and query head (n, g, 1, 1) of flat kv heads (`per_group`) or flat query heads."""
     flat = flat.view(-1, 1, 1, 1)
     if not per_group:
@@ -169,7 +169,7 @@ class Slice:
             column += last - first
 
     def positions(self, geometry: Geometry) -> Positions:
-        b, h = _heads(torch.arange(self.lo, self.hi), geometry, per_group=True)
+        b, h = flat_heads(torch.arange(self.lo, self.hi), geometry, per_group=True)
         qi = torch.arange(self.start, self.stop).view(1, 1, -1, 1) + geometry.q_offset
         ki = torch.cat([torch.arange(first, last) for first, last in self.runs]).view(1, 1, 1, -1)
         return b, h, qi, ki
@@ -283,7 +283,7 @@ class Gather:
         keys.blocks.index_add_(0, self.key_index, product.view(n * self.slots, -1), alpha=scale)
 
     def positions(self, geometry: Geometry) -> Positions:
-        b, h = _heads(self.heads, geometry, self.per_group)
+        b, h = flat_heads(self.heads, geometry, self.per_group)
         row = self.q_blocks[:, None] * geometry.block_q + torch.arange(geometry.block_q)
         qi = row.clamp(max=geometry.q_len - 1).view(self.shape[0], 1, -1, 1) + geometry.q_offset
         column = self.blocks[:, :, None] * geometry.block_k + torch.arange(geometry.block_k)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._shapes import broadcast_shape
 from ..masks import causal
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def _sees_all(request: AttentionRequest) -> bool:
 def refuses(request: AttentionRequest) -> str | None:
     if request.score_mod is not None:
         return "sdpa has no score_mod"
-    if request.return_lse:
-        return "sdpa does not return the log-sum-exp"
+    if request.return_lse and not _gives_lse(request):
+        return "sdpa returns the log-sum-exp on the cpu alone, without mask matrix, dropout and gradient"
     if request.q.numel() == 0 or request.k.numel() == 0 or request.v.numel() == 0:
         return "sdpa is not defined on empty tensors"
     return None
@@ -40,6 +41,13 @@ def is_native(request: AttentionRequest) -> bool:
     return request.selection is None and request.bias is None and (_sees_all(request) or _is_causal(request))
 
 
+def _gives_lse(request: AttentionRequest) -> bool:
+    """Whether torch's kernel for the CPU, which has the log-sum-exp at hand, serves the request."""
+    same = request.k.shape[-1] == request.v.shape[-1]
+    plain = request.dropout == 0.0 and same and not request.needs_grad
+    return plain and request.q.device.type == "cpu" and is_native(request)
+
+
 def matrix_size(request: AttentionRequest) -> int:
     """Entries of the mask matrix that the request needs here."""
     batch, num_heads, q_len, _ = request.q.shape
@@ -47,7 +55,7 @@ def matrix_size(request: AttentionRequest) -> int:
     if request.mask is not None:
         shape = (batch if request.mask.varies_batch else 1, num_heads if request.mask.varies_head else 1)
     if request.selection is not None:
-        shape = torch.broadcast_shapes(shape, (request.selection.indices.shape[0], 1))
+        shape = broadcast_shape(shape, (request.selection.indices.shape[0], 1))
         shape = (shape[0], num_heads if request.selection.indices.shape[1] > 1 else shape[1])
     return shape[0] * shape[1] * q_len * request.k.shape[2]
 
@@ -63,6 +71,9 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         "scale": request.scale,
         "enable_gqa": k.shape[1] != q.shape[1],
     }
+    if request.return_lse:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(q, k, v, 0.0, not _sees_all(request), scale=request.scale)
     if is_native(request):
         return F.scaled_dot_product_attention(q, k, v, is_causal=not _sees_all(request), **options), None
     keep, additive = _matrix(request)

@@ -33,8 +33,12 @@ def hierarchical_choice(
     group: int = 1,
     *,
     representative: str = "first",
+    query_dims: int | None = None,
+    resolution: int = 1,
+    sifters: int = 1,
     q_offset: int | None = None,
     variant: str = "released",
+    generator: torch.Generator | None = None,
 ) -> Choice:
     """Search, then add the window and the sinks: what HiP attends to, for causal attention.
 
@@ -56,8 +60,12 @@ def hierarchical_choice(
         search_window(window, group),
         group,
         representative=representative,
+        query_dims=query_dims,
+        resolution=resolution,
+        sifters=sifters,
         q_offset=q_offset,
         variant=variant,
+        generator=generator,
     )
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     return with_window(found, window, sink, offset)
@@ -124,6 +132,12 @@ class _Window(Mask):
         every = (q_hi - kv_lo < self.window) | (anyway & one)
         return some, every
 
+    def kind(self, b: Tensor, h: Tensor, q_lo: Tensor, q_hi: Tensor, kv_lo: Tensor, kv_hi: Tensor) -> Tensor | None:
+        """Inside one query block and one key block only the distance matters, once it is known whether the block was found."""
+        one = (q_lo - self.q_offset) // self.block_q == (q_hi - self.q_offset) // self.block_q
+        one = one & (kv_lo // self.size == kv_hi // self.size)
+        return self._anyway(b, h, q_lo, kv_lo).long() if bool(one.all()) else None
+
     def __repr__(self) -> str:
         return f"window_and_found({self.window})"
 
@@ -140,8 +154,12 @@ def hierarchical_topk_attention(
     group: int = 1,
     *,
     representative: str = "first",
+    query_dims: int | None = None,
+    resolution: int = 1,
+    sifters: int = 1,
     q_offset: int | None = None,
     variant: str = "released",
+    generator: torch.Generator | None = None,
     scale: float | None = None,
     backend: str = "auto",
     **options: Any,
@@ -153,7 +171,8 @@ def hierarchical_topk_attention(
 
     Args:
         q: (B, H, N, D). k: (B, Hkv, M, D). v: (B, Hkv, M, Dv). Queries are the last positions unless `q_offset` says otherwise.
-        budget, block_q, block_k, group, representative, q_offset, variant: of the search, see `hierarchical_topk`.
+        budget, block_q, block_k, group, representative, query_dims, resolution, sifters, q_offset, variant, generator: of the search,
+            see `hierarchical_topk`.
         window: keys that every query sees, itself included, at least `group`. They are not searched.
         sink: keys at the start that everybody sees (rounded up to whole key blocks).
         scale: of the softmax, default D ** -0.5; the search compares raw products.
@@ -171,7 +190,11 @@ def hierarchical_topk_attention(
         sink,
         group,
         representative=representative,
+        query_dims=query_dims,
+        resolution=resolution,
+        sifters=sifters,
         q_offset=q_offset,
         variant=variant,
+        generator=generator,
     )
     return choice.attention(q, k, v, q_offset=q_offset, scale=scale, backend=backend, **options)

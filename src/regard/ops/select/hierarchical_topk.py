@@ -8,7 +8,7 @@ DeepAuto-AI/hip-attention @ fea42c7, `v1_1/attention2_draft.py` (variant "releas
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,8 +32,12 @@ def hierarchical_topk(
     group: int = 1,
     *,
     representative: str = "first",
+    query_dims: int | None = None,
+    resolution: int = 1,
+    sifters: int = 1,
     q_offset: int | None = None,
     variant: str = "released",
+    generator: torch.Generator | None = None,
 ) -> Selection:
     """HiP's search: for each query block about `budget` keys before the recent `window`, without scoring all keys.
 
@@ -51,8 +55,15 @@ def hierarchical_topk(
         window: recent keys left out of the search (attention sees them anyway). With `group` > 1 it counts GROUPS, as released.
         group: neighbouring keys that are searched as one, scored by the larger of q·(their minimum) and q·(their maximum),
             element-wise extremes. Keys of a group that is not yet complete at e are not searched.
-        representative: the block that stands for a group: "first" (its first block), or "best" (its best block, an oracle that
-            scores every key; as released, a negative best score reads as 0). "best" needs group = 1 and variant "released".
+        representative: the block that stands for a group: "first" (its first block), "random" (any of its blocks, drawn anew at each
+            step with `generator`), or "best" (its best block, an oracle that scores every key; as released, a negative best score
+            reads as 0). "best" needs group = 1; "random" and "best" need variant "released".
+        query_dims: score with these many channels only, those with the largest sum of |q| over the query block (SparQ; the authors'
+            kernels take 32). None: all.
+        resolution: search for `budget / resolution` blocks and take this many neighbouring blocks for each one found (the kernels'
+            lower-resolution estimator takes 2). What is found twice counts once, so that fewer keys than the budget may come out.
+        sifters: 2: two searches of half the budget, of which the second begins with the halves that the first dropped in its first
+            step, so that no large group is lost early. Needs variant "released".
         q_offset: position of query row 0, default M - N. Keys from `q_offset + N` on do not exist (an unfilled static cache).
         variant: "released" (v1.1 of the authors' code) or "paper" (v1.0: groups are cells of a normalised axis whose resolution
             doubles, only half of the budget is kept at coarse resolutions, and every second row from row 0 is scored; rounding
@@ -67,14 +78,57 @@ def hierarchical_topk(
     """
     problem = _Problem.check(q, k, budget, block_q, block_k, window, group, q_offset)
     require_name("variant", variant, ("released", "paper"))
-    require_name("representative", representative, ("first", "best"))
+    require_name("representative", representative, ("first", "random", "best"))
+    require_int("resolution", resolution, 1)
+    require(sifters in (1, 2), "sifters", sifters, "1 or 2")
+    if query_dims is not None:
+        require_int("query_dims", query_dims, 1)
+    if variant == "paper":
+        require(sifters == 1, "sifters", sifters, "1 with variant='paper'")
+        require(representative != "random", "representative", representative, "'first' with variant='paper'")
     if representative == "best":
         require(
             group == 1 and variant == "released", "representative", representative, "group=1 and variant='released'"
         )
     with torch.no_grad():
-        indices = _search(problem, q, k, representative == "best", variant == "paper")
+        if query_dims is not None and query_dims < q.shape[3]:
+            q = _strongest_channels(q, block_q, query_dims)
+        draw = generator if representative == "random" else None
+        options = _Options(representative, variant == "paper", draw)
+        coarse = replace(
+            problem, budget=max(1, problem.budget // (resolution * sifters)), whole=problem.budget // sifters
+        )
+        parts = [_search(coarse, q, k, replace(options, skip=turn)) for turn in range(sifters)]
+        indices = torch.cat(parts, dim=-1) if sifters > 1 else parts[0]
+        if resolution > 1:
+            indices = _neighbours(problem, indices, resolution)
     return Selection(indices, block_q=block_q, block_k=block_k * group, q_len=q.shape[2], kv_len=k.shape[2])
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How groups are represented, and what the first step keeps: the best (skip 0) or the next best (1)."""
+
+    representative: str = "first"
+    paper: bool = False
+    generator: torch.Generator | None = None
+    skip: int = 0
+
+
+def _strongest_channels(q: Tensor, block_q: int, count: int) -> Tensor:
+    """q with zeros in all but the `count` channels of each query block whose absolute values have the largest sum."""
+    weight = block_summary(q.abs(), block_q, "sum")
+    kept = torch.zeros_like(weight, dtype=torch.bool).scatter_(-1, weight.topk(count, dim=-1).indices, True)
+    return q.masked_fill(~kept.repeat_interleave(block_q, dim=2)[:, :, : q.shape[2]], 0.0)
+
+
+def _neighbours(problem: _Problem, indices: Tensor, count: int) -> Tensor:
+    """Each block and the `count - 1` after it, as far as they are searched."""
+    blocks = [-(-searched // problem.block_k) for searched in problem.searched]
+    limit = torch.tensor(blocks, device=indices.device)[:, None]
+    many = (indices[..., None] + torch.arange(count, device=indices.device)).flatten(-2)
+    known = (indices >= 0).repeat_interleave(count, -1)
+    return torch.where(known & (many < limit), many, -1)
 
 
 @dataclass(frozen=True)
@@ -91,6 +145,7 @@ class _Problem:
     units: int
     ends: tuple[int, ...]
     searched: tuple[int, ...]
+    whole: int  # a query block that may search no more units than that has all of them
 
     @classmethod
     def check(cls, q: Tensor, k: Tensor, budget, block_q, block_k, window, group, q_offset) -> _Problem:
@@ -122,7 +177,8 @@ class _Problem:
         units = length // group
         ends = tuple(min((row + block_q + offset) // group, units) for row in range(0, rows, block_q))
         searched = tuple(max(0, end - window) for end in ends)
-        return cls(batch, heads, rows, tokens // group, block_q, block_k, group, units, ends, searched)
+        size = tokens // group
+        return cls(batch, heads, rows, size, block_q, block_k, group, units, ends, searched, size)
 
     @property
     def blocks(self) -> int:
@@ -130,28 +186,30 @@ class _Problem:
         return -(-self.budget // self.block_k)
 
 
-def _search(problem: _Problem, q: Tensor, k: Tensor, best: bool, paper: bool) -> Tensor:
-    """Numbers of the chosen key blocks, int64 (B, H, nQ, m), -1 = none."""
+def _search(problem: _Problem, q: Tensor, k: Tensor, options: _Options) -> Tensor:
+    """Numbers of the chosen key blocks, int64 (B, H, nQ, m), or wider where some query block has more; -1 = none."""
     device, m = q.device, problem.blocks
-    found = torch.full((problem.batch, problem.heads, len(problem.ends), m), -1, dtype=torch.long, device=device)
     candidates = [-(-searched // problem.block_k) for searched in problem.searched]
-    short = sum(searched <= problem.budget for searched in problem.searched)  # `searched` never falls
+    short = sum(searched <= problem.whole for searched in problem.searched)  # `searched` never falls
+    width = max(m, max(candidates[:short], default=0))
+    shape = (problem.batch, problem.heads, len(problem.ends), width)
+    found = torch.full(shape, -1, dtype=torch.long, device=device)
     if short:
-        row = torch.arange(m, device=device)
+        row = torch.arange(width, device=device)
         fits = row < torch.tensor(candidates[:short], device=device)[:, None]
         found[:, :, :short] = torch.where(fits, row, -1)
     if short == len(problem.ends):
         return found
-    scorer = _Scorer(problem, q, k, 0 if paper else 1)
+    scorer = _Scorer(problem, q, k, 0 if options.paper else 1)
     step = max(1, _GATHER_LIMIT // (problem.batch * problem.heads * 2 * m * scorer.block_numbers))
     for first in range(short, len(problem.ends), step):
         last = min(first + step, len(problem.ends))
         score = scorer.for_query_blocks(first, last)
         totals = candidates[first:last]
-        if paper:
-            found[:, :, first:last] = _descend_cells(score, totals, m, device)
+        if options.paper:
+            found[:, :, first:last, :m] = _descend_cells(score, totals, m, device)
         else:
-            found[:, :, first:last] = _descend_groups(score, totals, m, device, best)
+            found[:, :, first:last, :m] = _descend_groups(score, totals, m, device, options)
     return found
 
 
@@ -186,21 +244,21 @@ class _Scorer:
 
     def for_query_blocks(self, first: int, last: int) -> Score:
         """For query blocks first .. last - 1, a function from key block numbers (B, H, last - first, n) to their scores."""
-        queries = self.queries[:, :, first:last].flatten(0, 2)  # (X, rows, D)
+        queries = self.queries[:, :, first:last].flatten(0, 2).transpose(1, 2)  # (X, D, rows)
 
         def score(index: Tensor) -> Tensor:
             index = index.expand(self.problem.batch, self.problem.heads, last - first, -1)
             number = (index.clamp(max=self.blocks_per_head - 1) + self.head_start).reshape(-1)
             keys = self.keys.index_select(0, number).view(queries.shape[0], -1, self.dim)
-            best = torch.bmm(queries, keys.transpose(1, 2)).amax(1)  # (X, n * keys of a block)
-            return self._existing(best.view(*index.shape, -1), index, first, last).amax(-1)
+            scores = torch.bmm(keys, queries)  # (X, n * keys of a block, rows): what is reduced lies together
+            if not self.overhang:
+                return scores.view(*index.shape, -1).amax(-1)
+            return self._existing(scores.amax(-1).view(*index.shape, -1), index, first, last).amax(-1)
 
         return score
 
     def _existing(self, scores: Tensor, index: Tensor, first: int, last: int) -> Tensor:
         """Scores (..., c, n, keys of a block) of blocks `index` (..., c, n), -inf for keys that their queries come before."""
-        if not self.overhang:
-            return scores
         unit = torch.arange(self.problem.block_k, device=index.device).repeat_interleave(self.per_unit)
         after = index[..., None] * self.problem.block_k + unit >= self.ends[first:last, None, None]
         return scores.masked_fill(after, -torch.inf)
@@ -219,8 +277,9 @@ def _every_second_row(q: Tensor, block_q: int, first_row: int) -> Tensor:
     return q[:, :, row]
 
 
-def _descend_groups(score: Score, totals: list[int], m: int, device: torch.device, best: bool) -> Tensor:
+def _descend_groups(score: Score, totals: list[int], m: int, device: torch.device, options: _Options) -> Tensor:
     """v1.1: halve every group, keep the best m halves, until groups are single blocks. `totals`: blocks that are searched."""
+    best, skip = options.representative == "best", options.skip
     mean_size = torch.tensor(totals, dtype=torch.float64)[:, None] / m
     edges = (
         (mean_size * torch.arange(m + 1)).long().to(device)
@@ -233,13 +292,19 @@ def _descend_groups(score: Score, totals: list[int], m: int, device: torch.devic
         # a left half begins where its group began, so it keeps the score that the group was chosen by
         if best:
             left_score, right_score = _best_in(score, index, half), _best_in(score, right, size - half)
+        elif options.representative == "random":
+            left_score, right_score = (
+                score(at + (torch.rand(at.shape, device=device, generator=options.generator) * wide).long())
+                for at, wide in ((index, half), (right, size - half))
+            )
         else:
             left_score, right_score = score(index) if scores is None else scores, score(right)
         left_score = left_score.masked_fill(half < 1, -torch.inf)
         right_score = right_score.masked_fill(size - half < 1, -torch.inf)
         index, right, half, size = (x.expand(left_score.shape) for x in (index, right, half, size))
         both = torch.stack((left_score, right_score), dim=-1).flatten(-2)
-        kept_scores, kept = both.topk(m, dim=-1)
+        kept_scores, kept = (x[..., m * skip :] for x in both.topk(m * (skip + 1), dim=-1))
+        skip = 0
         unsettled = (mean_size > 1).to(device)
         new_index = torch.stack((index, right), dim=-1).flatten(-2).gather(-1, kept)
         new_size = torch.stack((half, size - half), dim=-1).flatten(-2).gather(-1, kept)

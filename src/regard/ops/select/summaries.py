@@ -12,6 +12,23 @@ from ..._checks import require, require_int, require_name, require_tensor
 from ..reference import accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "max", "min")
+SUMMARIES: dict[str, tuple[str, ...]] = {
+    "mean": ("mean",),
+    "max": ("max",),
+    "min": ("min",),
+    "minmax": ("max", "min"),
+    "maxminmean": ("max", "min", "mean"),
+    "centroid": (),
+}
+"""Kinds of block summary and the reductions they hold side by side along the channels, in this order (a centroid is none of them)."""
+
+
+def reductions_of(kind: str) -> tuple[str, ...]:
+    """The reductions that a kind of summary holds, in order: a name in `SUMMARIES`, or reductions joined by "+" ("max+mean")."""
+    parts = tuple(kind.split("+"))
+    if len(parts) > 1 and all(part in REDUCTIONS for part in parts):
+        return parts
+    return SUMMARIES[require_name("kind", kind, SUMMARIES)]
 
 
 def split_blocks(x: Tensor, block: int, fill: float = 0.0) -> Tensor:
@@ -35,6 +52,27 @@ def block_summary(x: Tensor, block: int, reduce: str = "mean") -> Tensor:
         return blocks.amax(-2) if reduce == "max" else blocks.amin(-2)
     total = split_blocks(x, block).sum(-2)
     return total / block_lengths(x.shape[-2], block, x.device)[:, None].to(x.dtype) if reduce == "mean" else total
+
+
+def block_summaries(x: Tensor, block: int, kind: str = "mean") -> Tensor:
+    """What selectors know of each block of keys: (..., N, D) -> (..., ceil(N / block), F), float32 for half types.
+
+    Args:
+        x: tokens. block: tokens a block; the ragged last block is summarised over the tokens that exist.
+        kind: "mean", "max" or "min" element by element (F = D); "minmax", the maximum and then the minimum (2 D), from which the
+            largest score in the block can be bounded (Quest); "maxminmean", those and the mean (3 D, SeerAttention's order);
+            several joined by "+" in that order;
+            "centroid", the mean direction of the keys at their mean length (D): unlike the mean it does not shrink where keys
+            of a block point apart.
+    """
+    parts = reductions_of(kind)
+    if kind == "centroid":
+        x = x.to(accumulation_dtype(x.dtype))
+        norm = x.norm(dim=-1, keepdim=True)
+        tiny = torch.finfo(x.dtype).tiny
+        direction = torch.nn.functional.normalize(block_summary(x / norm.clamp(min=tiny), block, "sum"), dim=-1)
+        return direction * block_summary(norm, block, "mean")
+    return torch.cat([block_summary(x, block, part) for part in parts], dim=-1)
 
 
 def block_lengths(length: int, block: int, device: torch.device | str | None = None) -> Tensor:

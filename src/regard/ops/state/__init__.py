@@ -12,5 +12,8 @@ _TABLE = {
     "alibi_slopes": ".decay",
     "layer_log_decay": ".decay",
     "feature_maps": ".feature_maps:",
+    "orthogonal_projection": ".favor",
+    "relu_features": ".favor",
+    "softmax_features": ".favor",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

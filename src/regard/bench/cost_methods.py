@@ -1,0 +1,217 @@
+"""What each method reads, keeps and searches, for the cost model: a few numbers for each layer and head, no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .._checks import require_name, resolve_budget
+
+if TYPE_CHECKING:
+    from .cost import ModelShape
+
+Positions = NDArray[np.float64]
+Amount = Callable[[Positions], Positions]
+
+
+def _all(seen: Positions) -> Positions:
+    return seen
+
+
+def _none(seen: Positions) -> Positions:
+    return np.zeros_like(seen)
+
+
+def _at_most(keys: float) -> Amount:
+    return lambda seen: np.minimum(seen, keys)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What one head does for a query that could see `seen` keys, its own included. Each amount is a function of an array of `seen`.
+
+    Attributes:
+        read: keys it attends to. kept: keys of its cache once that many have come.
+        scored: summaries (vectors of head_dim) that are scored to choose the keys.
+        search_rows: queries of a prefill that share one search. grouped_search: the heads of a group share one scored query.
+    """
+
+    read: Amount = _all
+    kept: Amount = _all
+    scored: Amount = _none
+    search_rows: int = 1
+    grouped_search: bool = False
+
+
+DENSE = Reach()
+Parts = list[tuple[float, Reach]]
+"""(share of the layers and heads, what they do); the shares sum to 1."""
+
+
+def window_reach(keys: int, evicts: bool = False) -> Reach:
+    """The last (and first) `keys` keys; `evicts`: the others are not kept."""
+    return Reach(_at_most(keys), _at_most(keys) if evicts else _all)
+
+
+def density_reach(density: float, block: int = 1, search_rows: int = 1) -> Reach:
+    """That share of the keys each query could see; `block` > 1: chosen by scoring a summary for each block of keys."""
+    scored = (lambda seen: seen / block) if block > 1 else _none
+    return Reach(lambda seen: np.minimum(seen, np.maximum(1.0, density * seen)), scored=scored, search_rows=search_rows)
+
+
+def reaches(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    """What `method` (None: dense) makes of a model's layers and heads at a context of `context` tokens.
+
+    Args:
+        phase: "prefill" or "decode". Known are the methods of `regard.methods`; another method may say it itself by a function
+            `reaches(shape, context, phase)`; else a mask is asked about some rows, a `budget` is taken as the keys read (and
+            kept, where the method brings a cache), and a method that claims neither mask, selection, attention nor cache is dense.
+    Raises:
+        ValueError: nothing can be known about the method that way.
+    """
+    require_name("phase", phase, ("prefill", "decode"))
+    if method is None:
+        return [(1.0, DENSE)]
+    own = getattr(method, "reaches", None)
+    if own is not None:
+        return own(shape, context, phase)
+    known = _KNOWN.get(type(method).__name__)
+    if known is not None:
+        return known(method, shape, context, phase)
+    seams = method.seams()
+    if not {"mask", "select", "attend", "cache", "score"} & set(seams):
+        return [(1.0, DENSE)]
+    budget = getattr(method, "budget", None)
+    if budget is not None:
+        return [(1.0, window_reach(resolve_budget("budget", budget, context), evicts="cache" in seams))]
+    if "mask" in seams and "attend" not in seams:
+        return _with_dense_layers(method, shape, _masked(method, shape, context))
+    if seams == ("score",):
+        return [(1.0, DENSE)]
+    name = type(method).__name__
+    raise ValueError(
+        f"method: the cost of {name} is not known; give it a field `budget`, or a function reaches(shape, context, phase)"
+    )
+
+
+def _with_dense_layers(method: Any, shape: ModelShape, sparse: Reach | Parts) -> Parts:
+    """The first layers, or those numbered, stay dense."""
+    given, layers = getattr(method, "dense_layers", 0), shape.num_layers
+    dense = min(given, layers) if isinstance(given, int) else len({number % layers for number in given})
+    if getattr(method, "layers", None) is not None:
+        dense = layers - len({number % layers for number in method.layers})
+    share = dense / layers
+    parts = [(1.0, sparse)] if isinstance(sparse, Reach) else sparse
+    return ([(share, DENSE)] if share else []) + [((1 - share) * s, reach) for s, reach in parts if share < 1]
+
+
+def _masked(method: Any, shape: ModelShape, context: int) -> Reach:
+    """Keys that a mask leaves, from a few rows of it, in between by straight lines."""
+    from ..methods.call import AttentionCall
+    from ..ops import masks
+
+    q = torch.zeros(1, shape.num_heads, 1, 1).expand(-1, -1, context, -1)
+    k = torch.zeros(1, shape.num_kv_heads, 1, 1).expand(-1, -1, context, -1)
+    call = AttentionCall(torch.nn.Identity(), shape.num_layers - 1, q, k, k, causal=True, num_layers=shape.num_layers)
+    mask = method.mask(call)
+    if mask is None:
+        return DENSE
+    rows = torch.linspace(0, context - 1, min(context, 65)).round().long()
+    b, h = torch.zeros(1, 1, 1, 1, dtype=torch.long), torch.arange(shape.num_heads).view(1, -1, 1, 1)
+    keys = torch.arange(context).view(1, 1, 1, -1)
+    found = []
+    for row in rows:
+        at = row.view(1, 1, 1, 1)
+        keep = masks.as_mask(mask).keep(b, h, at, keys) & (keys <= at)
+        found.append(float(keep.expand(1, shape.num_heads, 1, context).sum()) / shape.num_heads)
+    seen = (rows + 1).numpy().astype(np.float64)
+    counts = np.array(found)
+    return Reach(lambda position: np.interp(position, seen, counts))
+
+
+def _sliding(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    return _with_dense_layers(method, shape, window_reach(method.window + method.sink))
+
+
+def _streaming(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    return [(1.0, window_reach(method.window + method.sink, evicts=True))]
+
+
+def _duo(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    short = method.sink + method.recent
+    if isinstance(method.budget, float):
+        full = method.budget
+    else:
+        full = min(1.0, max(0.0, (method.budget - short) / max(1, context - short)))
+    released_prompt = phase == "prefill" and method.variant == "released"
+    read = _all if released_prompt else _at_most(short)
+    return [(full, DENSE), (1 - full, Reach(read, _at_most(short)))]
+
+
+def _hip(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    budget = resolve_budget("budget", method.budget, context)
+    near = budget + method.window
+    groups = math.ceil(budget / (method.block_k * method.group))
+
+    def scored(seen: Positions) -> Positions:
+        blocks = np.maximum(seen - method.window, 0) / (method.block_k * method.group)
+        levels = np.ceil(np.log2(np.maximum(blocks / groups, 1.0)))
+        return levels * 2 * groups * method.block_k * (2 if method.group > 1 else 1) * (seen > near)
+
+    every = method.refresh_every if phase == "decode" else 2  # every second query of a block is scored
+    return _with_dense_layers(
+        method, shape, Reach(_at_most(near + method.sink), scored=lambda seen: scored(seen) / every)
+    )
+
+
+def _dhsa(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    if phase == "decode":
+        return [(1.0, DENSE)]
+    budget = resolve_budget("budget", method.budget, context)
+    extra = method.sink if method.variant == "paper" else 0
+    dense_from = context - method.instruction
+
+    def read(seen: Positions) -> Positions:
+        return np.where(seen > dense_from, seen, np.minimum(seen, budget + extra))
+
+    def scored(seen: Positions) -> Positions:  # chunk means against one mean query a block; heads together are one
+        return seen / method.block_q * method.chunks_per_block / shape.num_heads
+
+    return _with_dense_layers(method, shape, Reach(read, scored=scored, search_rows=method.block_q))
+
+
+def _block_dhsa(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    if phase == "decode":
+        return [(1.0, DENSE)]
+    budget = max(method.block_k, resolve_budget("budget", method.budget, context))
+    scored = lambda seen: np.full_like(seen, context / method.block_k)  # noqa: E731 (all blocks, also of the future)
+    return _with_dense_layers(method, shape, Reach(_at_most(budget), scored=scored, search_rows=method.block_q))
+
+
+def _grouped(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    if phase == "prefill":
+        return [(1.0, DENSE)]
+    budget = resolve_budget("budget", method.budget, context)
+
+    def scored(seen: Positions) -> Positions:
+        return (seen - method.sink - method.recent).clip(min=0) / method.block_size * (seen > budget)
+
+    reach = Reach(_at_most(budget), scored=scored, grouped_search=True)
+    return _with_dense_layers(method, shape, reach)
+
+
+_KNOWN: dict[str, Callable[[Any, Any, int, str], Parts]] = {
+    "SlidingWindow": _sliding,
+    "StreamingLLM": _streaming,
+    "DuoAttention": _duo,
+    "HiP": _hip,
+    "DHSA": _dhsa,
+    "BlockDHSA": _block_dhsa,
+    "GroupedTopK": _grouped,
+}
