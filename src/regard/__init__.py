@@ -38,6 +38,7 @@ _TABLE = {
     "StaircaseQuantCache": ".methods.caches.staircase",
     "RecycledAttention": ".methods.caches.recycled",
     "RetrievalAttention": ".methods.caches.retrieval_attention",
+    "LongHeads": ".methods.caches.long_heads",
     "LookM": ".methods.caches.look_m",
     "SnapKV": ".methods.caches.snapkv",
     "TOVA": ".methods.caches.snapkv",

@@ -114,3 +114,16 @@ def test_the_command(tmp_path):
 def test_bad_options(words, message):
     done = CliRunner().invoke(app, ["bench", "ops", "--quick", *words])
     assert done.exit_code != 0 and message in str(done.exception)
+
+
+def test_selectors_count_the_pairs_they_read():
+    from regard.bench.ops_selectors import pairs_read
+    from regard.ops.select import Choice, block_topk
+
+    q, k = torch.randn(1, 4, 96, 8), torch.randn(1, 2, 160, 8)  # the last 96 of 160 rows
+    everything = Choice(block_topk(q, k, block_q=32, block_k=16, topk=99))
+    assert pairs_read(everything, q, k) == pytest.approx(1, abs=1e-6)
+    some = block_topk(q, k, block_q=32, block_k=32, topk=2, recent=1)
+    seen = (some.materialize() & masks.causal.materialize(96, 160)).double().mean()
+    whole = masks.causal.materialize(96, 160).double().mean()
+    assert pairs_read(Choice(some), q, k) == pytest.approx(float(seen / whole), rel=0.01)

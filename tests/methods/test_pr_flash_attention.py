@@ -95,7 +95,7 @@ def test_by_name_at_a_budget():
         kept = sum((1 + d) ** -method.gamma for d in range(blocks)) * method.block_size
         assert kept <= (budget if budget > 1 else budget * 512) + method.block_size
     with pytest.raises(UnsupportedModelError, match="no causal self-attention"):
-        regard.attach(torch.nn.Linear(2, 2), PrFlashAttention())
+        PrFlashAttention().check(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -288,3 +288,35 @@ def test_published_sizes():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_one_block_alone_predicts_nothing():
+    model = small()
+    ids = tokens(2, 3)
+    assert model(ids).logits.shape == (2, 0, 4, VOCAB)
+    out = model(ids, ids)
+    assert out.loss == 0
+    out.loss.backward()
+
+
+def test_shared_tables_may_have_been_saved_once():
+    model = small("cross", t5={"head_dim": 8, "tied": True})
+    state = model.state_dict()
+    given = {
+        "token_decoder.lm_head.weight" if name == "token_decoder.head.weight" else name: t
+        for name, t in state.items()
+        if name != "token_decoder.embedding.weight"
+    }
+    renamed = BlockTransformer.official_keys(given)
+    assert set(renamed) == set(state)
+    assert torch.equal(renamed["token_decoder.embedding.weight"], state["token_decoder.embedding.weight"])
+
+
+def test_half_precision():
+    for strategy in STRATEGIES:
+        model = small(strategy, eos=None)
+        ids = tokens(2, 12)
+        whole, half = model(ids).logits, model.bfloat16()(ids).logits
+        assert half.dtype == torch.bfloat16
+        assert (half - whole).abs().max() < 0.15 * whole.abs().max()
+        assert model.generate(ids, 5).shape == (2, 17)

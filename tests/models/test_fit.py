@@ -217,3 +217,14 @@ def test_read_and_write_stay_in_their_group():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_half_precision():
+    sizes = {"groups": 3, "tokens": 4, "latents": 2, "in_dim": 5, "dim": 16, "latent_dim": 12, "num_heads": 2}
+    denoiser = lively(FITDenoiser("(1)1(1)", condition_dim=7, **sizes))
+    inputs = torch.randn(2, 3, 4, 5), torch.rand(2), torch.randn(2, 7)
+    whole = denoiser(*inputs)[0]
+    half = denoiser.bfloat16()(*(x.bfloat16() for x in inputs))[0]
+    assert half.dtype == torch.bfloat16 and (half - whole).abs().max() < 0.1 * whole.abs().max()
+    model = small_ar().bfloat16()
+    assert model.generate(torch.randint(11, (2, 3)), 9).shape == (2, 12)

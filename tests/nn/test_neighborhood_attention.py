@@ -38,6 +38,18 @@ def test_older_layers_load_with_their_biases():
     assert torch.equal(layer(x), other(x))
 
 
+def test_small_maps_are_padded_where_asked():
+    torch.manual_seed(0)
+    layer = NeighborhoodAttention(8, 2, 3, dilation=(1, 2), pad_small=True)
+    x = torch.randn(2, 2, 5, 8)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 1, 0, 1))
+    assert torch.equal(layer(x), layer(padded)[:, :2, :5]) and layer(x).shape == x.shape
+    large = torch.randn(2, 7, 7, 8)
+    layer_without = NeighborhoodAttention(8, 2, 3, dilation=(1, 2))
+    layer_without.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(large), layer_without(large))
+
+
 def test_bad_input():
     for bad in (
         {"dim": 10, "num_heads": 3},

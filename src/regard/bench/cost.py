@@ -274,9 +274,10 @@ def attention_prefill_cost(
     require_int("context", context, 1)
     seen = np.arange(1, context + 1, dtype=np.float64) if causal else np.full(context, float(context))
     pairs = float(reach.read(seen).sum()) * batch
+    moved = float(reach.bytes_of(seen).sum()) * batch
     scored = float(reach.scored(seen).sum()) / reach.search_rows * batch
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    passes = pairs / min(TILE, context)
+    passes = moved / min(TILE, context)
     return Cost(
         attention_flops=4.0 * pairs * heads * dim,
         search_flops=2.0 * scored * heads * dim,
@@ -337,11 +338,12 @@ def decode_cost(
     for share, reach in reaches(method, shape, context + tokens, "decode"):
         layers = share * shape.num_layers * batch
         read, scored = float(reach.read(seen).sum()) * layers, float(reach.scored(seen).sum()) * layers
+        moved = float(reach.bytes_of(seen).sum()) * layers
         total = total + Cost(
             attention_flops=4.0 * read * heads * dim,
             search_flops=2.0 * scored * (kv_heads if reach.grouped_search else heads) * dim,
             exponentials=read * heads,
-            kv_bytes=2.0 * read * kv_heads * dim * element_bytes,
+            kv_bytes=2.0 * moved * kv_heads * dim * element_bytes,
             search_bytes=scored * kv_heads * dim * element_bytes,
         )
         held += float(reach.kept(seen[-1:])[0]) * layers * 2 * kv_heads * dim * element_bytes

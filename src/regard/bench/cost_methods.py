@@ -37,7 +37,8 @@ class Reach:
     """What one head does for a query that could see `seen` keys, its own included. Each amount is a function of an array of `seen`.
 
     Attributes:
-        read: keys it attends to. kept: keys of its cache once that many have come.
+        read: keys it attends to. kept: keys of its cache once that many have come (in keys of full precision).
+        moved: keys whose bytes are read for it; None: those it attends to.
         scored: summaries (vectors of head_dim) that are scored to choose the keys.
         search_rows: queries of a prefill that share one search. grouped_search: the heads of a group share one scored query.
     """
@@ -47,6 +48,11 @@ class Reach:
     scored: Amount = _none
     search_rows: int = 1
     grouped_search: bool = False
+    moved: Amount | None = None
+
+    def bytes_of(self, seen: Positions) -> Positions:
+        """Keys whose bytes are read."""
+        return self.read(seen) if self.moved is None else self.moved(seen)
 
 
 DENSE = Reach()
@@ -70,8 +76,8 @@ def reaches(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
 
     Args:
         phase: "prefill" or "decode". Known are the methods of `regard.methods`; another method may say it itself by a function
-            `reaches(shape, context, phase)`; else a mask is asked about some rows, a `budget` is taken as the keys read (and
-            kept, where the method brings a cache), and a method that claims neither mask, selection, attention nor cache is dense.
+            `reaches(shape, context, phase)`; else a `budget` is taken as the keys read (where the method brings a cache: in decoding
+            only, and as the keys kept), a mask is asked about some rows, and a method that claims none of those seams is dense.
     Raises:
         ValueError: nothing can be known about the method that way.
     """
@@ -81,15 +87,17 @@ def reaches(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
     own = getattr(method, "reaches", None)
     if own is not None:
         return own(shape, context, phase)
-    known = _KNOWN.get(type(method).__name__)
-    if known is not None:
-        return known(method, shape, context, phase)
+    for kind in type(method).__mro__:
+        if kind.__name__ in _KNOWN:
+            return _KNOWN[kind.__name__](method, shape, context, phase)
     seams = method.seams()
     if not {"mask", "select", "attend", "cache", "score"} & set(seams):
         return [(1.0, DENSE)]
     budget = getattr(method, "budget", None)
     if budget is not None:
-        return [(1.0, window_reach(resolve_budget("budget", budget, context), evicts="cache" in seams))]
+        if "cache" in seams:
+            return _evicting(method, shape, context, phase)
+        return _with_dense_layers(method, shape, window_reach(resolve_budget("budget", budget, context)))
     if "mask" in seams and "attend" not in seams:
         return _with_dense_layers(method, shape, _masked(method, shape, context))
     if seams == ("score",):
@@ -206,12 +214,118 @@ def _grouped(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
     return _with_dense_layers(method, shape, reach)
 
 
+def _evicting(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    """The prompt densely, then only what was kept of it."""
+    budget = resolve_budget("budget", method.budget, context)
+    return [(1.0, Reach(_all if phase == "prefill" else _at_most(budget), _at_most(budget)))]
+
+
+def _recycled(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    budget = resolve_budget("budget", method.budget, context)
+    both = lambda seen: seen + np.minimum(seen, budget)  # noqa: E731 (the small cache comes on top)
+    if phase == "prefill":
+        return [(1.0, Reach(kept=both))]
+    mean = lambda seen: (seen + (method.stride - 1) * np.minimum(seen, budget)) / method.stride  # noqa: E731
+    return _with_dense_layers(method, shape, Reach(mean, both))
+
+
+def _staircase(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    def stored(seen: Positions) -> Positions:
+        left, out = seen.astype(float), np.zeros_like(seen)
+        for tokens, bits in method.steps:
+            part = left if tokens is None else np.minimum(left, tokens)
+            out, left = out + part * bits / 16, left - part
+        return out
+
+    return [(1.0, Reach(kept=stored, moved=None if phase == "prefill" else stored))]
+
+
+def _moa(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    if method.plan is not None:
+        raise ValueError("method: the cost of MoA with a plan is not known, only that of the uniform budget")
+    span = resolve_budget("budget", method.budget, context + method.new_tokens)
+    return [(1.0, window_reach(span, evicts=True))]
+
+
+def _mas_former(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    full, layers = method.full_layers, shape.num_layers
+    if isinstance(full, float):
+        count = round(full * layers)
+    else:
+        count = min(full, layers) if isinstance(full, int) else len({number % layers for number in full})
+    block, before = method.block, method.left_blocks * method.block
+    read = lambda seen: np.minimum(seen, before + (seen - 1) % block + 1)  # noqa: E731
+    sparse = Reach(read, _at_most(before + block))
+    return [(count / layers, DENSE), (1 - count / layers, sparse)]
+
+
+def _cca(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    def read(seen: Positions) -> Positions:
+        old = np.maximum(seen - method.window, 0) // method.group
+        return seen - old * (method.group - 1)
+
+    return [(1.0, Reach(read, read))]
+
+
+def _hyper(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    if phase == "decode" or context <= method.min_len:
+        return [(1.0, DENSE)]
+    levels = math.ceil(math.log2(context / method.min_len))
+    leaf, estimated = context / 2**levels, method.block_size + method.samples
+
+    def read(seen: Positions) -> Positions:  # exact within its leaf, an estimate for each first half before it
+        halves = ((seen - 1) // leaf).astype(int)
+        ups = sum((halves >> level) & 1 for level in range(levels))
+        return np.minimum(seen, (seen - 1) % leaf + 1 + ups * estimated)
+
+    return [(1.0, Reach(read))]
+
+
+def _block_topk(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    if not getattr(method, phase):
+        return [(1.0, DENSE)]
+    budget = resolve_budget("budget", method.budget, context)
+    rows = method.block_q if phase == "prefill" else 1
+    width = {"minmax": 2, "maxminmean": 3}.get(method.summary, 1)  # vectors that a summary holds
+    scored = lambda seen: seen / method.block_size * width * (seen > budget)  # noqa: E731
+    return _with_dense_layers(method, shape, Reach(_at_most(budget), _all, scored, rows, grouped_search=True))
+
+
+def _retrieval(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    if phase == "prefill":
+        return [(1.0, DENSE)]
+    always = method.sink + method.recent
+    share = (
+        1.0 if method.index == "exact" else 0.05
+    )  # what an index may read of the keys at most, by what it is asked for
+    scored = lambda seen: np.maximum(seen - always, 0) * share  # noqa: E731
+    sparse = Reach(_at_most(always + method.top_k), scored=scored)
+    first = min(method.from_layer, shape.num_layers) / shape.num_layers
+    return [(first, DENSE), (1 - first, sparse)]
+
+
+def _long_heads(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    budget = resolve_budget("budget", method.budget, context)
+    scored = lambda seen: seen / method.chunk * (seen > budget)  # noqa: E731
+    return [(1.0, Reach(_at_most(budget), scored=scored))]
+
+
 _KNOWN: dict[str, Callable[[Any, Any, int, str], Parts]] = {
     "SlidingWindow": _sliding,
     "StreamingLLM": _streaming,
     "DuoAttention": _duo,
     "HiP": _hip,
     "DHSA": _dhsa,
+    "EvictingMethod": _evicting,
+    "RecycledAttention": _recycled,
+    "StaircaseQuantCache": _staircase,
+    "MoA": _moa,
+    "MASFormer": _mas_former,
+    "CCAAttention": _cca,
+    "HyperAttention": _hyper,
+    "BlockTopK": _block_topk,
+    "RetrievalAttention": _retrieval,
+    "LongHeads": _long_heads,
     "BlockDHSA": _block_dhsa,
     "GroupedTopK": _grouped,
 }

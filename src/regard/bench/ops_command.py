@@ -111,7 +111,9 @@ def _cells(row: Row) -> list[str]:
     ]
     ranged = row.share or row.ratio
     return [
-        row.what + (f" [dim]({row.backend})[/dim]" if row.backend else ""),
+        row.what
+        + (f" [dim]({row.backend})[/dim]" if row.backend else "")
+        + (f"\n[dim]{row.note}[/dim]" if row.note else ""),
         {"forward": "fwd", "forward+backward": "fwd+bwd"}.get(row.pass_, row.pass_),
         f"{row.seconds * 1e3:.1f}",
         "" if row.ratio is None else f"{row.ratio.median:.2f}×",

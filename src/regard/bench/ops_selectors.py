@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops import attention_backend
 from ..ops.masks import causal
 from ..ops.plan import make_plan
-from ..ops.select import block_topk, even_boundaries
+from ..ops.select import BlockGrid, block_topk, even_boundaries, select_blocks, share_scores
 from ..ops.select.choice import Choice
 from ..ops.select.chunk_attention import chunk_choice
 from ..ops.select.hierarchical_attention import hierarchical_choice
@@ -52,7 +52,7 @@ def measure(setting: Setting, say: Callable[[str], None]) -> list[Row]:
             mask = causal if choice.mask is None else causal & choice.mask
             row.backend = attention_backend(q, k, v, mask=mask, selection=choice.selection, score_mod=choice.score_mod)
             chosen = Ratio.of(part, own)
-            row.note = f"{read:.1%} of the causal pairs read; the selection is {chosen.median:.0%} of the time"
+            row.note = f"reads {read:.1%} of the causal pairs; choosing is {chosen.median:.0%} of the time"
             rows.append(row)
     return rows
 
@@ -89,14 +89,13 @@ def _ways(setting: Setting) -> dict[str, tuple[Callable[[Tensor, Tensor], Choice
     gates: dict[tuple[int, int], Any] = {}
 
     def gate(q: Tensor, k: Tensor) -> Choice:
-        from ..ops.select import from_gate
-
         heads = q.shape[1], k.shape[1]
         if heads not in gates:
             torch.manual_seed(setting.seed)
-            made = AttentionGate(*heads, q.shape[-1], block=block)
-            gates[heads] = made.to(q.device, q.dtype)
-        return Choice(from_gate(gates[heads](q, k), budget=tenth, block=block, q_len=q.shape[2]))
+            gates[heads] = AttentionGate(*heads, q.shape[-1], block_size=block).to(q.device, q.dtype)
+        scores = share_scores(gates[heads](q, k), k.shape[1])
+        grid = BlockGrid(q.shape[2], k.shape[2], block, block, k.shape[2] - q.shape[2])
+        return Choice(select_blocks(scores, grid, budget=tenth, sink=block))
 
     boundaries = even_boundaries(length, 16, device=setting.device)
     return {
@@ -135,9 +134,11 @@ def pairs_read(choice: Choice, q: Tensor, k: Tensor) -> float:
     rows = (q.shape[2] - first).clamp(max=block_q)
     key = plan.kv_blocks * block_k
     width = (length - key).clamp(max=block_k)
-    # of a block, the rectangle above the diagonal is what a dense causal kernel does not compute either
-    hidden = (key + width - 1 - (first + offset)).clamp(min=0)
-    hidden = torch.minimum(hidden, width) * torch.minimum(hidden, rows) / 2
+    # what of a block lies above the diagonal, no dense causal kernel computes either: row t of it hides `beyond - t` keys
+    beyond = (key + width - 1 - (first + offset)).clamp(min=0)
+    all_hidden, some_hidden = torch.minimum((beyond - width).clamp(min=0), rows), torch.minimum(beyond, rows)
+    steps = (some_hidden * (some_hidden - 1) - all_hidden * (all_hidden - 1)) / 2
+    hidden = all_hidden * width + (some_hidden - all_hidden) * beyond - steps
     seen = torch.where(plan.kv_blocks >= 0, rows * width - hidden, 0).double()
     seen = seen.sum() / (plan.kv_blocks.shape[0] * plan.kv_blocks.shape[1])
     total = q.shape[2] * offset + q.shape[2] * (q.shape[2] + 1) / 2

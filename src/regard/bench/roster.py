@@ -115,6 +115,12 @@ def _pr_flash(budget: int | float, context: int) -> dict[str, Any]:
     return {"block_size": block, "gamma": gamma_for(min(blocks, max(1.01, tokens / block - 1)), blocks)}
 
 
+def _long_heads(budget: int | float, context: int) -> dict[str, Any]:
+    """Eight chunks or more, none longer than 256."""
+    tokens = max(3, resolve_budget("budget", budget, context))
+    return {"budget": tokens, "chunk": max(1, min(256, tokens // 8))}
+
+
 _NO_BUDGET: Callable[[int | float, int], dict[str, Any]] = lambda budget, context: {}  # noqa: E731
 
 ROSTER: dict[str, tuple[str, Callable[[int | float, int], dict[str, Any]], str]] = {
@@ -153,6 +159,7 @@ ROSTER: dict[str, tuple[str, Callable[[int | float, int], dict[str, Any]], str]]
         _retrieval,
         "sinks, recent tokens, and keys found in an index on the CPU",
     ),
+    "long-heads": ("LongHeads", _long_heads, "chunks chosen by each head, at positions within the budget"),
     "zero-tuning": ("ZeroTuning", _NO_BUDGET, "rescales the attention to the first token"),
 }
 """Name -> (class in `regard.methods`, fields that a common budget sets, what it is)."""

@@ -111,7 +111,13 @@ def fit_boundaries(
         ratio = _ratio(call, wanted, window)
         if ratio is None:
             return None
-        shape = {"window": window, "alpha": alpha, "beta": beta, "gamma": gamma, "pos_weight": pos_weight}
+        shape: dict[str, Any] = {
+            "window": window,
+            "alpha": alpha,
+            "beta": beta,
+            "gamma": gamma,
+            "pos_weight": pos_weight,
+        }
         logits = predictor(call.k.detach())
         return boundary_loss(logits, ratio.to(logits.dtype), **shape, start=call.start)
 

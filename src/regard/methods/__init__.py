@@ -18,6 +18,7 @@ _TABLE = {
     "StaircaseQuantCache": ".caches.staircase",
     "RecycledAttention": ".caches.recycled",
     "RetrievalAttention": ".caches.retrieval_attention",
+    "LongHeads": ".caches.long_heads",
     "LookM": ".caches.look_m",
     "SnapKV": ".caches.snapkv",
     "TOVA": ".caches.snapkv",

@@ -84,7 +84,18 @@ def _copy_layers(state: dict[str, Tensor], layers: Iterable[nn.Module], numbers:
 
 
 def block_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' state dict in our names; tables and buffers that nothing reads (the block decoder's `embed_in`) are dropped."""
+    """The authors' state dict in our names; tables and buffers that nothing reads (the block decoder's `embed_in`) are dropped.
+
+    A T5 token decoder that shares its tables may have been saved with one name for all: the others are filled in.
+    """
+    tables = (
+        "token_decoder.shared.weight",
+        "token_decoder.decoder.embed_tokens.weight",
+        "token_decoder.lm_head.weight",
+    )
+    held = [state[name] for name in tables if name in state]
+    if held:
+        state = dict.fromkeys((tables[0], tables[2]), held[0]) | state
     unread = ("block_decoder.gpt_neox.embed_in.weight", "token_decoder.decoder.embed_tokens.weight")
     buffers = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
     kept = {name: t for name, t in state.items() if name not in unread and not name.endswith(buffers)}

@@ -130,7 +130,12 @@ class FITAR(nn.Module):
         choose = Sampling(**sampling)
         training = self.training
         self.eval()
-        inputs = F.pad(ids, (1, 0), value=self.start)
+        try:
+            return self._continued(F.pad(ids, (1, 0), value=self.start), wanted, choose)
+        finally:
+            self.train(training)
+
+    def _continued(self, inputs: Tensor, wanted: int, choose: Sampling) -> Tensor:
         before: list[Tensor] = []
         done = -1
         while inputs.shape[1] <= wanted:
@@ -141,7 +146,6 @@ class FITAR(nn.Module):
             hidden = self.embedding(current)[:, None] + self.positions[: current.shape[1]]
             hidden = self.body.within_group(hidden, before)
             inputs = torch.cat([inputs, choose(self._read_out(hidden[:, 0, -1]))[:, None]], dim=1)
-        self.train(training)
         return inputs[:, 1:]
 
     def _latents_before(self, inputs: Tensor, group: int) -> list[Tensor]:

@@ -32,8 +32,9 @@ class TimeEmbedding(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim + features, 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        code = sin_cos(x[:, 0] * _TIME_SCALE, self.dim)
-        code = (code - code.mean(-1, keepdim=True)) / code.std(-1, correction=0, keepdim=True)
+        wide = torch.promote_types(x.dtype, torch.float32)  # a half type cannot tell times of 0 ... 1000 apart
+        code = sin_cos(x[:, 0].to(wide) * _TIME_SCALE, self.dim)
+        code = ((code - code.mean(-1, keepdim=True)) / code.std(-1, correction=0, keepdim=True)).to(x.dtype)
         return self.fc2(torch.cat([F.silu(self.fc1(code)), x[:, 1:]], dim=-1))
 
 

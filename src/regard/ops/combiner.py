@@ -222,7 +222,7 @@ def _mixture_causal(
     above = row[:, None] > row
     parts = [
         in_columns(q, k, v, above, **options),
-        group_attention(q, k, v, mask=column[:, None] >= column, return_lse=True, **options),
+        group_attention(q, k, v, mask=masks.causal, return_lse=True, **options),
     ]
 
     inner = options | {"dropout": dropout}

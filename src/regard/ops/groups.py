@@ -115,8 +115,10 @@ def group_attention(
         x = x.expand(-1, num_heads, groups, -1, -1).unflatten(1, (kv_heads, shared))
         return x.transpose(2, 3).flatten(1, 3)
 
-    if isinstance(mask, Tensor):
-        mask = fold(mask)
+    if isinstance(mask, Tensor):  # as a bias: backends need not plan around a matrix that is there already
+        hidden = torch.zeros(mask.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+        hidden = hidden.masked_fill_(~mask, -torch.inf)
+        mask, bias = None, hidden if bias is None else bias + hidden
     found = attention(
         fold(q),
         k.flatten(1, 2),

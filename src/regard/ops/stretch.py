@@ -13,7 +13,7 @@ from .._checks import require, require_int, require_name, require_tensor
 from .selection import Selection
 
 COMPETITIONS = ("causal_batch", "query", "head", "batch")
-_AT_ONCE = 1 << 23
+_AT_ONCE = 1 << 20
 
 
 def key_bins(visible: Tensor, bins: int, jitter: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ def stretch_mask(kept: Tensor, visible: Tensor, oversample: float = 1.0, k: int 
         return out
     length = visible.float().sum(-1, keepdim=True)
     places = (length / oversample).round().clamp(min=1)
-    rate = length.clamp(round(k), round(k * oversample)) / k
+    rate = length.clamp(k, round(k * oversample)) / k
     at = (torch.arange(visible.shape[-1], device=visible.device) + 1) / length * places
     return out & ((at - at.round()).abs() <= 0.5 / rate + 1e-4)
 
@@ -130,12 +130,19 @@ def stretched_selection(
         else:
             visible = torch.ones(1, length, dtype=torch.bool, device=kept.device) if keys is None else keys
             visible = visible[:, None, None]
-        map_ = stretch_mask(part, visible, oversample, k)
-        width = int(map_.sum(-1).max()) if map_.numel() else 0
-        # ones first, in order
-        at = torch.where(map_, number, length).topk(width, dim=-1, largest=False).values
-        lists.append(torch.where(at == length, -1, at))
+        lists.append(_as_lists(stretch_mask(part, visible, oversample, k)))
     width = max((x.shape[-1] for x in lists), default=0)
     lists = [torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1) for x in lists]
     indices = torch.cat(lists, dim=2) if lists else kept.new_full((batch, heads, 0, 0), -1, dtype=torch.long)
     return Selection(indices, block_q=1, block_k=1, q_len=length, kv_len=length)
+
+
+def _as_lists(map_: Tensor) -> Tensor:
+    """The places of the True entries of each row: bool (..., M) -> int64 (..., most of them in a row), -1 at the end."""
+    flat = map_.reshape(-1, map_.shape[-1])
+    counts = flat.sum(-1)
+    row, key = flat.nonzero(as_tuple=True)
+    place = torch.arange(len(row), device=map_.device) - (counts.cumsum(0) - counts)[row]
+    out = torch.full((len(flat), int(counts.max()) if len(flat) else 0), -1, dtype=torch.long, device=map_.device)
+    out[row, place] = key
+    return out.reshape(*map_.shape[:-1], -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -72,7 +73,7 @@ def _error(out: Outcome, scale: Scale, context: int) -> None:
     seen = record(model, torch.tensor([token_windows(tokenizer, context, 1)[0]]), layers=layers, keep="qkv")
     half = context // 2
     block, drawn = half // 8, half // 8
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         SORTED: {"block_size": block, "samples": drawn},
         UNSORTED: {"block_size": block, "samples": drawn, "projections": 0},
         ALONE: {"block_size": 0, "samples": block + drawn},

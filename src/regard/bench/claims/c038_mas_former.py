@@ -21,12 +21,12 @@ SAYS = (
     "MASFormer: long-range dependencies need full attention in a few layers only; with the others block-sparse, quality is near that "
     "of a fully dense model while attention costs up to 75% less."
 )
-DENSE, MIXED, SPARSE = "all layers full", "one layer full", "no layer full"
-CLASSES = 16
+DENSE, MIXED, SPARSE = "all layers full", "two layers of four full", "no layer full"
+CLASSES = 8
 
 
 def measure(scale: Scale) -> Outcome:
-    context, block, steps = scale.pick((128, 8, 240), (64, 8, 4))
+    context, block, steps = scale.pick((128, 8, 450), (64, 8, 4))
     length = scale.pick(8192, 1024)
     out = Outcome(
         f"a 4-layer model trained to recall its first token, {context} tokens in blocks of {block}; {length} tokens (time)",
@@ -39,26 +39,27 @@ def measure(scale: Scale) -> Outcome:
 
 def _recall(out: Outcome, scale: Scale, context: int, block: int, steps: int) -> None:
     """The first of many tokens has to be told at the end: out of reach of four layers of two blocks each."""
-    ways = {DENSE: None, MIXED: MASFormer([1], block=block), SPARSE: MASFormer(0, block=block)}
+    ways = {DENSE: None, MIXED: MASFormer([1, 3], block=block), SPARSE: MASFormer(0, block=block)}
     for label, method in ways.items():
         found = [_trained(method, context, steps, seed) for seed in range(scale.pick(2, 1))]
         out.add(label, "share of first tokens recalled", "", found)
     dense, mixed, sparse = (out.row(label, "share of first tokens recalled").mean for label in (DENSE, MIXED, SPARSE))
-    out.check("recalled with one full layer, of all-full", mixed / max(dense, 1e-9), at_least=0.95)
-    out.check("recalled with no full layer (chance 0.06)", sparse, at_most=0.15)
+    out.check("recalled with two full layers, of all-full", mixed / max(dense, 1e-9), at_least=0.95)
+    out.check("recalled with no full layer (chance 0.12)", sparse, at_most=0.25)
 
 
 def _trained(method: MASFormer | None, context: int, steps: int, seed: int) -> float:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     tokens = {"vocab_size": 2 * CLASSES + 1, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **tokens, max_position_embeddings=context)).train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     with attach(model, *([method] if method else [])):
-        for _ in range(steps):
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / steps)
             ids = _samples(context, 16, generator)
             loss = F.cross_entropy(_last_logits(model, ids), ids[:, 0])
             optimizer.zero_grad()

@@ -8,9 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ...integrations.transformers import attach
+from ...methods.caches.planned import PlannedLayer
+from ...methods.caches.ragged import kv_bytes
 from ...methods.call import AttentionCall
+from ...methods.plans import Full, Rule, Sharded
 from ...methods.sparse.s2_attention import S2Attention
 from ...ops import masks
 from ...ops.attention import attention, attention_backend
@@ -23,7 +27,7 @@ from .timing import times
 PAPER, SLUG = "042", "s2-attention"
 SAYS = (
     "S2-Attention: heads that keep different strided columns cover the whole context together; quality is better than with equal "
-    "columns at the same density, and time follows density."
+    "columns at the same density, time follows density, and each head's cache can drop the blocks that it no longer reads."
 )
 OWN, EQUAL, KEPT = "own columns per head", "equal columns", ", first block kept for all"
 PERPLEXITY, NEEDLE = "perplexity of the second half", "needle log-probability"
@@ -36,6 +40,7 @@ def measure(scale: Scale) -> Outcome:
         f"{length} tokens, {heads} heads (time); {context} tokens, no training (quality)", "a round, or a prompt"
     )
     _time(out, scale, length, heads, block)
+    _memory(out, scale, scale.pick(32768, 1024), heads, block)
     _quality(out, scale, context)
     return out
 
@@ -71,6 +76,39 @@ def _time(out: Outcome, scale: Scale, length: int, heads: int, block: int) -> No
             covered = float((pattern.any(0) & causal).sum() / causal.sum())
             out.add(f"stride {stride}", "causal blocks that some head sees", "", covered)
             out.check(f"stride {stride}: share of the causal blocks that some head sees", covered, at_least=1.0)
+
+
+def _memory(out: Outcome, scale: Scale, length: int, heads: int, block: int) -> None:
+    """Cache of one layer after a long prompt, and its attention for a decoded token: everything kept, and each head its own blocks."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, heads, length, 64, generator=generator)
+    local, stride = scale.pick(4, 2), heads
+    sharded = [Sharded(block, local, stride, head) for head in range(heads)]
+    ways: dict[str, list[Rule]] = {"everything kept": [Full()] * heads, "own blocks kept": list(sharded)}
+    caches = {label: _filled(rules, k, v) for label, rules in ways.items()}
+    one = torch.randn(3, 1, heads, 1, 64, generator=generator)
+
+    def step(layer: PlannedLayer) -> None:
+        layer.update(one[1], one[2])
+        layer.attend(AttentionCall(nn.Identity(), 0, *one, cache=layer))
+
+    found = times({label: partial(step, layer) for label, layer in caches.items()}, rounds=scale.pick(4, 1), inner=8)
+    for label, layer in caches.items():
+        against = None if label == "everything kept" else "everything kept"
+        out.add(label, "KV cache", "bytes", float(kv_bytes(layer)), against=against)
+        out.add(label, "attention time per decoded token", "s", found[label], against=against)
+    memory, clock = (out.row("own blocks kept", name) for name in ("KV cache", "attention time per decoded token"))
+    expected = (local + length / block / stride) * block / length
+    out.check("KV bytes, of what band and columns make up", memory.ratio / expected, at_most=1.03)  # type: ignore[operator]
+    out.check("attention time per token, of everything kept", clock.ratio, at_most=0.4, spread=clock.spread)  # type: ignore[arg-type]
+
+
+def _filled(rules: list[Rule], k: Tensor, v: Tensor) -> PlannedLayer:
+    layer = PlannedLayer(lambda seen, heads, kv: rules)
+    layer.update(k, v)
+    call = AttentionCall(nn.Identity(), 0, torch.zeros_like(k[:, :, -1:]), k, v, cache=layer)
+    layer.attend(call)  # as one query that sees everything: what it says does not matter here
+    return layer
 
 
 def _quality(out: Outcome, scale: Scale, context: int) -> None:

@@ -124,7 +124,7 @@ def _time(out: Outcome, scale: Scale, keys: int) -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, shape.num_heads, 1, shape.head_dim, generator=generator)
     k, v = torch.randn(2, 1, shape.num_kv_heads, keys, shape.head_dim, generator=generator)
-    methods = {"dense": [], BLOCKS: [GroupedTopK(budget, dense_layers=0)]}
+    methods = {"dense": [], BLOCKS: [GroupedTopK(budget, sink=16, dense_layers=0)]}  # whole blocks of sinks
     cache = _Cache(keys)
 
     def run(chosen: list[Method]) -> torch.Tensor:

@@ -12,6 +12,8 @@ _TABLE = {
     "KeyNorm": ".snapkv",
     "Limits": ".policy",
     "LookM": ".look_m",
+    "LongHeads": ".long_heads",
+    "LongHeadsLayer": ".long_heads",
     "look_m_compress": ".look_m",
     "scatter_merge": ".merge",
     "Look": ".policy",

@@ -70,7 +70,8 @@ def find_rotary(model: nn.Module) -> Any:
 
     def move(keys: Tensor, by: Tensor) -> Tensor:
         steps = by[:, None] if by.dim() == 1 else by
-        cos, sin = (part.float() / embedding.attention_scaling for part in embedding(keys.float(), steps))
+        turns = embedding.forward(keys.float(), steps)  # not through hooks: who watches them is to hear the model alone
+        cos, sin = (part.float() / embedding.attention_scaling for part in turns)
         cos, sin = cos[:, None], sin[:, None]
         turned, rest = keys[..., : cos.shape[-1]].float(), keys[..., cos.shape[-1] :]
         turned = turned * cos + rotate_half(turned) * sin

@@ -1,7 +1,7 @@
 """LongHeads: each head reads its own chunks of a long text, at positions that the model was trained on.
 
-Lu et al. 2024 (EMNLP Findings), arXiv 2402.10685. Numbers from LuLuLuyi/LongHeads (no licence, read only). The choice and the attention are in
-`regard.ops.select.chunk_features`; this is the cache that decodes with them.
+Lu et al. 2024 (EMNLP Findings), arXiv 2402.10685. Numbers from LuLuLuyi/LongHeads (no licence, read only). The choice and the
+attention are in `regard.ops.select.chunk_features`; this is the cache that decodes with them.
 """
 
 from __future__ import annotations
@@ -130,12 +130,12 @@ class LongHeadsLayer(AttendingLayer):
             self._begin(call, keys, values, skip)
         if before == 0 or keys.shape[2] >= _FEW:
             old = list(self.lengths)
-            self._append(q, k, values, skip)
+            self._append(q, k, values, skip, call.scale)
             return self._attend_prompt(call, q, keys, values, old, skip)
         out = call.q.new_zeros((*call.q.shape[:3], values.shape[3]))
         for t in range(keys.shape[2]):
             now = slice(t, t + 1)
-            self._append(q[:, :, now], k[:, :, now], values[:, :, now], [int(s > t) for s in skip])
+            self._append(q[:, :, now], k[:, :, now], values[:, :, now], [int(s > t) for s in skip], call.scale)
             out[:, :, now] = self._attend_last(call, q[:, :, now])
         return out
 
@@ -156,7 +156,7 @@ class LongHeadsLayer(AttendingLayer):
         """The position from which the queries of a row choose."""
         return self.chunks[row] * self.method.chunk if self.method.start is None else self.method.start
 
-    def _append(self, q: Tensor, k: Tensor, v: Tensor, skip: list[int]) -> None:
+    def _append(self, q: Tensor, k: Tensor, v: Tensor, skip: list[int], scale: float | None) -> None:
         """Take in new tokens, not turned, of which each row leaves out the first `skip`; features of the chunks they complete."""
         chunk, new = self.method.chunk, k.shape[2]
         self._make_room(max(length + new - s for length, s in zip(self.lengths, skip)) + 1)
@@ -176,7 +176,7 @@ class LongHeadsLayer(AttendingLayer):
                 ours = torch.cat([held, q[row, :, s:]], 1)[None, :, : (whole - done) * chunk]
                 piece = slice(done * chunk, whole * chunk)
                 keys, values = (x[row : row + 1, :, piece].to(q) for x in (self.k, self.v))
-                self.features[row, :, done:whole] = chunk_features(ours, keys, values, chunk)[0][0]
+                self.features[row, :, done:whole] = chunk_features(ours, keys, values, chunk, scale)[0][0]
             kept = min(new - s, 2 * chunk)
             if kept:
                 self.asked[row, :, slot[row, new - kept :] % (2 * chunk)] = q[row, :, new - kept :]
@@ -194,17 +194,16 @@ class LongHeadsLayer(AttendingLayer):
     ) -> Tensor:
         """A piece of prompt, in store already; `old` tokens were there before it."""
         out = call.q.new_zeros((*call.q.shape[:3], values.shape[3]))
-        first = [0 if length == 0 else None for length in old]
-        if not any(old):  # what is before `start` is attended as it came
-            usual = max(self._begins(row) + s for row, s in enumerate(skip))
-            usual = min(usual, keys.shape[2])
+        fresh = self.seen == call.q_len
+        if fresh:  # what is before `start` is attended as it came
+            usual = min(keys.shape[2], max(self._begins(row) + s for row, s in enumerate(skip)))
             mask = masks.causal if call.mask is None else call.mask[..., :usual, :usual]
             cut = [x[:, :, :usual] for x in (call.q, keys, values)]
             out[:, :, :usual] = attention_over(call, *cut, mask)
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
         score_mod = None if call.soft_cap is None else ops.scores.soft_cap(call.soft_cap)
         for row, length in enumerate(self.lengths):
-            begin = old[row] if first[row] is None or any(old) else self._begins(row)
+            begin = self._begins(row) if fresh else old[row]
             if begin >= length:
                 continue
             k, v = (x[row, :, :length].to(q) for x in (self.k, self.v))

@@ -90,6 +90,8 @@ class PlannedLayer(AttendingLayer):
         """Possible as long as nothing has been evicted."""
         if any(group.slots.held_tokens(self.seen) < self.seen for group in self.groups):
             super().drop_last(count)
+        for group in self.groups:
+            group.forget_masks()
 
 
 class _Group:
@@ -112,6 +114,7 @@ class _Group:
         self.q_rules = own if any(rule != kept[i // share] for i, rule in enumerate(own)) else None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self._strided: tuple[int, Tensor] | None = None  # a block of queries, and what they see of strided slots
 
     def own(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return (keys, values) if self.every else (keys.index_select(1, self.heads), values.index_select(1, self.heads))
@@ -122,6 +125,10 @@ class _Group:
             device = self.keys.device
             self.heads, self.q_heads = self.heads.to(device), self.q_heads.to(device)
             self.phases = None if self.phases is None else self.phases.to(device)
+            self._strided = None
+
+    def forget_masks(self) -> None:
+        self._strided = None
 
     # What is stored
 
@@ -154,6 +161,7 @@ class _Group:
                 self._grow(capacity)
                 self._add_one(keys, values, old_length)
                 return
+        self._strided = None
         held = self.slots.held(length, capacity)
         column = held - before  # among the new ones
         if not isinstance(self.slots, AllSlots):
@@ -182,6 +190,13 @@ class _Group:
             target = torch.where(target < self.keys.shape[2], target, slot)  # not kept at all
             self.keys = _scattered(self.keys, target, _pick(self.keys, slot))
             self.values = _scattered(self.values, target, _pick(self.values, slot))
+            if self._strided is not None and self._strided[1].shape[3] == self.keys.shape[2]:
+                for place in (
+                    target,
+                    slot,
+                ):  # within a block of queries, slots that are filled stay seen; nothing else changes
+                    rows = place[:1].expand(1, len(self.heads), 1).repeat_interleave(self.share, dim=1)
+                    self._strided[1].scatter_(3, rows[:, :, None], True)
         self.keys, self.values = _scattered(self.keys, slot, keys), _scattered(self.values, slot, values)
 
     # The attention over it
@@ -217,8 +232,20 @@ class _Group:
                 return k[:, :, offset:seen], v[:, :, offset:seen], None
             if isinstance(self.rule, Window):
                 return k[:, :, : seen - offset], v[:, :, : seen - offset], None
+        if uniform and isinstance(self.slots, ShardedSlots) and self.q_rules is None:
+            return k, v, self._strided_mask(seen, start[:1], offset)
         query = (seen - 1 - start)[:, None, None, None]
         return k, v, self.visible(query, self.positions(seen, start)[:, :, None])
+
+    def _strided_mask(self, seen: int, start: Tensor, offset: int) -> Tensor:
+        """(1, query heads, 1, slots), made once a block: working it out costs as much as attending."""
+        assert self.keys is not None and isinstance(self.slots, ShardedSlots)
+        block, slots = (seen - 1 - offset) // self.slots.block, self.keys.shape[2]
+        if self._strided is None or self._strided[0] != block or self._strided[1].shape[3] != slots:
+            query = (seen - 1 - start)[:, None, None, None]
+            mask = self.visible(query, self.positions(seen, start)[:, :, None])
+            self._strided = (block, mask.expand(-1, len(self.q_heads), -1, -1).contiguous())
+        return self._strided[1]
 
     def visible(self, query: Tensor, position: Tensor) -> Tensor:
         """Which positions (B, H|1, 1, n) the queries at (B, 1, rows, 1) see: (B, 1 | query heads, rows, n)."""

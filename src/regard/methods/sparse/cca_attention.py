@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...ops.core_context import check_sizes, core_context_attention
 from ..caches.core_context import CoreContextLayer, plainly_causal
-from ..caches.decoder import find_rotary, ragged_layers
+from ..caches.decoder import decoder_config, find_rotary, ragged_layers
 from ..call import AttentionCall, Method, UnsupportedModelError
 from ..layer_spec import LayerSpec, check_layers, in_layers
 from .layers import require_causal, windowed
@@ -57,14 +57,15 @@ class CCAAttention(Method):
     def cache(self, model: nn.Module) -> Any:
         from transformers.cache_utils import DynamicLayer
 
-        rotate, total = _rotation(model), model.config.get_text_config(decoder=True).num_hidden_layers
+        name = type(self).__name__
+        rotate, total = _rotation(model), decoder_config(model, name).num_hidden_layers
 
         def make(number: int) -> Any:
             if not in_layers(self.layers, number, total):
                 return DynamicLayer()
             return CoreContextLayer(self.group, self.window, self.pool, self.per_head, rotate)
 
-        return ragged_layers(model, make, type(self).__name__)
+        return ragged_layers(model, make, name)
 
     def attend(self, call: AttentionCall) -> Tensor | None:
         cached = isinstance(call.cache, CoreContextLayer)

@@ -81,7 +81,7 @@ class AttentionEstimator(nn.Module):
         context = self._linear(q, k, torch.cat((self._positions(v, keys), v), dim=-1), keys if exclude else None)
         encoding = self.encoder(torch.cat((context.to(v.dtype), v), dim=-1))
         rows = self.row_decoder(encoding)
-        batch, heads, length, wide = rows.shape
+        batch, heads, length = rows.shape[:3]
         image = rows.unflatten(-1, (self.splits, -1)).transpose(2, 3).reshape(batch, heads * self.splits, length, -1)
         return self._image(image), encoding
 

@@ -28,8 +28,10 @@ class PerformerAttention(ProjectedAttention):
 
     Orthogonal directions are drawn once, kept in the buffer `projection` and used in eval mode; in training, plain Gaussian ones are
     drawn at every call. The authors keep the normaliser from falling below 0.1, which biases rows of little weight; `floor` is that
-    bound. Causal self-attention is left out as in CAB, whose keys are scaled by a maximum over all keys. The authors' checkpoints
-    lack the directions (their `eval_proj` is no buffer), so they change with every load; `load_official(..., strict=False)`.
+    bound, and `eps` is added to every feature: with many features both have to be smaller. Padding keys have no weight, but still
+    count in the maximum that scales the keys. Causal self-attention is left out as in CAB, because of that maximum over all keys. The
+    authors' checkpoints lack the directions (their `eval_proj` is no buffer), so they change with every load; load them with
+    `load_official(..., strict=False)`.
     """
 
     patterns = frozenset({"NS", "NC", "CC"})
@@ -43,11 +45,12 @@ class PerformerAttention(ProjectedAttention):
         cross: bool = False,
         features: int = 16,
         floor: float = 0.1,
+        eps: float = 1e-4,
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dim, num_heads, causal, cross, **options)
-        self.features, self.floor = require_int("features", features, 1), floor
+        self.features, self.floor, self.eps = require_int("features", features, 1), floor, eps
         self.register_buffer(
             "projection", orthogonal_projection(features, self.head_dim, num_heads, generator=generator)
         )
@@ -61,8 +64,8 @@ class PerformerAttention(ProjectedAttention):
         directions = self.projection
         if self.training:
             directions = torch.randn(self.num_heads, self.features, self.head_dim, device=q.device)
-        q = softmax_features(q, directions, query=True)
-        k = _without_padding(softmax_features(k, directions, query=False), keys)
+        q = softmax_features(q, directions, query=True, eps=self.eps)
+        k = _without_padding(softmax_features(k, directions, query=False, eps=self.eps), keys)
         weight = q @ k.sum(2)[..., None]
         return (q @ (k.transpose(-1, -2) @ v)) / weight.clamp(min=self.floor)
 

@@ -25,6 +25,9 @@ SELF_SCORE = -5e4  # of a token's own key where queries and keys are shared: loo
 class SphericalKMeans(nn.Module):
     """Centroids of unit length, (H, C, d); `initted` tells whether they have been started from data."""
 
+    means: Tensor
+    initted: Tensor
+
     def __init__(self, num_heads: int, num_clusters: int, head_dim: int) -> None:
         super().__init__()
         self.register_buffer("means", torch.randn(num_heads, num_clusters, head_dim))
@@ -158,9 +161,9 @@ class KmeansAttention(nn.Module):
         if self.training:
             with torch.no_grad():
                 new = spherical_kmeans_step(unit, kmeans.means, nearest)
-                kept = 0 if self._new_means is None else self._num_new
-                self._new_means = new if not kept else (self._new_means * kept + new) / (kept + 1)
-                self._num_new = kept + 1
+                if self._new_means is not None:
+                    new = (self._new_means * self._num_new + new) / (self._num_new + 1)
+                self._new_means, self._num_new = new, self._num_new + 1
         return affinity, loss
 
     def _bias(

@@ -93,9 +93,10 @@ def _running_means(
 class NystromAttention(ProjectedAttention):
     """Nyströmformer: softmax(Q K~) pinv(softmax(Q~ K~)) softmax(Q~ K) V with Q~, K~ the means of `landmarks` segments. Non-causal self.
 
-    The pseudo-inverse is six steps of an iteration. variant "released" (default) starts it from the largest column sum of the whole
-    batch, so that results depend a little on batch mates; "paper" from that of each head. Sequences no longer than `landmarks` get
-    exact attention. Padding keys count as zeros in the means, as released. conv_kernel: a depthwise convolution of v over time is added.
+    The pseudo-inverse is six steps of an iteration. variant "released" (default): scores are divided by D, not by sqrt(D) (q and k both
+    by sqrt(D)), and the iteration starts from the largest column sum of the whole batch, so that results depend a little on batch
+    mates. "paper": by sqrt(D), and each head starts from its own. Sequences no longer than `landmarks` get exact attention. Padding
+    keys count as zeros in the means, as released. conv_kernel: a depthwise convolution of v over time is added.
     """
 
     patterns = frozenset({"NS"})
@@ -124,7 +125,8 @@ class NystromAttention(ProjectedAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
         if keys is not None:
             k, v = (t * keys[:, None, :, None].to(t.dtype) for t in (k, v))
-        q, k = q * self.head_dim**-0.5, k * self.head_dim**-0.5
+        power = -0.5 if self.variant == "released" else -0.25
+        q, k = q * self.head_dim**power, k * self.head_dim**power
         if q.shape[2] <= self.landmarks:
             out = _masked(q @ k.transpose(-1, -2), keys).softmax(-1) @ v
         else:

@@ -24,6 +24,10 @@ class OnlineKMeans(nn.Module):
     State: `means`; with `ema` also the buffers `ema_count` (H, C) and `ema_means` (H, C, D), the averaged counts and sums.
     """
 
+    means: Tensor
+    ema_count: Tensor
+    ema_means: Tensor
+
     def __init__(
         self,
         num_heads: int,
@@ -40,7 +44,7 @@ class OnlineKMeans(nn.Module):
         self.decay, self.ema, self.eps = require_fraction("decay", decay), bool(ema), eps
         means = F.layer_norm(torch.randn(num_heads, num_clusters, head_dim), (head_dim,), eps=1e-6)
         if not ema:
-            self.means: Tensor = nn.Parameter(means)
+            self.means = nn.Parameter(means)
             return
         self.register_buffer("means", means)
         self.register_buffer("ema_count", torch.zeros(num_heads, num_clusters))

@@ -68,9 +68,10 @@ class S4D(PatternAttention):
 
     def _discrete(self) -> tuple[Tensor, Tensor]:
         """log A-bar (dim, half) and C-bar (channels, dim, half), zero-order hold."""
-        rate = torch.complex(-self.log_w_real.exp(), self.w_imag)
-        log_step = rate * self.log_dt.exp()[:, None]
-        return log_step, torch.view_as_complex(self.C) * (log_step.exp() - 1) / rate
+        wide = torch.promote_types(self.C.dtype, torch.float32)  # there are no complex numbers of half types
+        rate = torch.complex(-self.log_w_real.to(wide).exp(), self.w_imag.to(wide))
+        log_step = rate * self.log_dt.to(wide).exp()[:, None]
+        return log_step, torch.view_as_complex(self.C.to(wide)) * (log_step.exp() - 1) / rate
 
     def kernel(self, length: int) -> Tensor:
         """The convolution kernel (channels, dim, length)."""
@@ -95,14 +96,15 @@ class S4D(PatternAttention):
 
     def initial_state(self, batch: int) -> Tensor:
         """Zeros (batch, dim, d_state / 2), complex."""
-        return self.log_dt.new_zeros(batch, self.dim, self.w_imag.shape[1], dtype=torch.cfloat)
+        dtype = torch.complex128 if self.C.dtype == torch.float64 else torch.complex64
+        return self.log_dt.new_zeros(batch, self.dim, self.w_imag.shape[1], dtype=dtype)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token x (B, dim) -> (its output (B, dim), the next state): the recurrent form of a causal layer."""
         require(not self.bidirectional, "step", "a bidirectional layer", "one with a single direction")
         log_step, readout = self._discrete()
         state = log_step.exp() * state + x[..., None]
-        y = 2 * torch.einsum("chn,bhn->bch", readout, state).real + x[:, None] * self.D
+        y = 2 * torch.einsum("chn,bhn->bch", readout, state).real.to(x.dtype) + x[:, None] * self.D
         return self._out(y.flatten(1)), state
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Neighborhood attention as a layer: every token of a map, a sequence or a video attends to the tokens around it.
 
 Faster Neighborhood Attention (Hassani et al., 2024, arXiv 2403.04690). Code read for numbers: SHI-Labs/NATTEN,
-`src/natten/modules.py` (MIT). State dicts of its modules load as they are; the relative biases `rpb` of the older NAT and DiNAT
-layers become `rel_pos_bias`. What differs: no compiled extension (see `regard.ops.neighborhood_attention`).
+`src/natten/modules.py` (MIT), and `natten2d.py` of v0.14.6 for NAT and DiNAT. State dicts load as they are; the relative biases `rpb`
+of the older layers become `rel_pos_bias`. What differs: no compiled extension (see `regard.ops.neighborhood_attention`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ class NeighborhoodAttention(nn.Module):
         qkv_bias: biases in the projection to q, k and v. scale: factor on the scores. Default head_dim ** -0.5.
         proj_drop: dropout after the output projection. attn_drop: dropout of attention weights, in training.
         rel_pos_bias: learn a bias by relative place, as NAT and DiNAT do, (num_heads, 2 * kernel_size - 1, ...).
+        pad_small: grids too small for kernel_size * dilation get zeros at the end of each axis first, and what comes out there is cut off;
+            as in NAT and DiNAT the padding takes part (with the biases of q, k and v). False: such grids are an error.
 
-    Shapes: (B, *grid, dim) to the same. Grids may differ from call to call; kernel_size * dilation must fit in each.
+    Shapes: (B, *grid, dim) to the same. Grids may differ from call to call.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class NeighborhoodAttention(nn.Module):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         rel_pos_bias: bool = False,
+        pad_small: bool = False,
     ) -> None:
         super().__init__()
         require_int("dim", dim, 1)
@@ -57,7 +60,7 @@ class NeighborhoodAttention(nn.Module):
         self.grid_dims = require_int("grid_dims", grid_dims if grid_dims is not None else own or 2, 1)
         require(self.grid_dims <= 3, "grid_dims", self.grid_dims, "1, 2 or 3")
         require(own in (None, self.grid_dims), "kernel_size", kernel_size, f"an int or {self.grid_dims} of them")
-        self.num_heads, self.scale, self.attn_drop = num_heads, scale, attn_drop
+        self.num_heads, self.scale, self.attn_drop, self.pad_small = num_heads, scale, attn_drop, pad_small
         self.kernel_size = (kernel_size,) * self.grid_dims if isinstance(kernel_size, int) else tuple(kernel_size)
         self.stride, self.dilation = (tuple(x) if isinstance(x, Sequence) else x for x in (stride, dilation))
         self.is_causal = tuple(is_causal) if isinstance(is_causal, Sequence) else is_causal
@@ -78,6 +81,9 @@ class NeighborhoodAttention(nn.Module):
         """(B, *grid, dim) to the same."""
         require_tensor("x", x, dims=self.grid_dims + 2, floating=True)
         require(x.shape[-1] == self.qkv.in_features, "x", f"{x.shape[-1]} channels", f"dim = {self.qkv.in_features}")
+        grid = x.shape[1:-1]
+        if self.pad_small:
+            x = self._padded(x)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         out = neighborhood_attention(
             q,
@@ -91,7 +97,16 @@ class NeighborhoodAttention(nn.Module):
             rel_pos_bias=self.rel_pos_bias,
             dropout=self.attn_drop if self.training else 0.0,
         )
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        own = (slice(None), *(slice(length) for length in grid))
+        return self.proj_drop(self.proj(out[own].flatten(-2)))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        dilation = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,) * self.grid_dims
+        reach = [kernel * step for kernel, step in zip(self.kernel_size, dilation)]
+        short = [max(0, need - length) for need, length in zip(reach, x.shape[1:-1])]
+        if not any(short):
+            return x
+        return nn.functional.pad(x, (0, 0, *(end for missing in reversed(short) for end in (0, missing))))
 
     def extra_repr(self) -> str:
         return (
