@@ -23,6 +23,7 @@ from regard.bench.cost_methods import DENSE, density_reach, reaches, window_reac
 from regard.bench.roster import ROSTER, parse_method
 from regard.cli import app
 from regard.methods import Method
+from regard.methods.plans import Full, Window
 from tiny import tiny_llama
 
 SHAPE = ModelShape(4, 8, 2, 16, 1000.0)
@@ -126,6 +127,12 @@ def test_caches_and_estimates():
     assert keys(regard.LongHeads(chunk=32, budget=256)) == (256, 1000)
     assert keys(regard.RetrievalAttention(sink=10, recent=20, top_k=30)) == (60, 1000)
     assert keys(regard.MASFormer(full_layers=1, block=100)) == pytest.approx((0.25 * 1000 + 0.75 * 200,) * 2)
+    assert keys(regard.MoA(budget=0.25, new_tokens=0)) == (256, 256)
+    mixed = regard.HeadPlan(((Window(4, 60), Full()),) * SHAPE.num_layers)
+    assert keys(regard.PlannedAttention(mixed)) == pytest.approx((0.5 * 64 + 0.5 * 1000,) * 2)
+    uneven = regard.HeadPlan(((*[Window(4, 60), Window(4, 96)] * 4,),) * SHAPE.num_layers)  # kv heads keep their widest
+    assert keys(regard.PlannedAttention(uneven)) == pytest.approx((82, 100))
+    assert keys(regard.S2Attention(50, 2, 2, free_cache=True)) == pytest.approx((550, 550))
     assert keys(regard.CCAAttention(group=10, window=200)) == (280, 280)
     hyper = regard.HyperAttention(block_size=16, samples=16, min_len=256)
     assert keys(hyper) == (1000, 1000)

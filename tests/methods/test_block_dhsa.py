@@ -47,6 +47,16 @@ def test_heads_of_a_group_choose_with_their_own_queries():
         assert grouped.shape[1] == 4 and torch.equal(grouped, repeated)
 
 
+@pytest.mark.parametrize("pattern", ["a-shape", "vertical-slash", "vertical-slash-blocks"])
+def test_with_the_band_every_row_sees_its_neighbourhood(pattern):
+    q, k = tensors(length=160)
+    kept = a_shape_blocks(q, k, 5, block_q=32, block_k=8, pattern=pattern, band=True).block_map()
+    for i in range(5):
+        assert kept[:, :, i, 4 * i : 4 * i + 4].all()
+    few = a_shape_blocks(q, k, 2, block_q=32, block_k=8, band=True)
+    assert few.counts[0, 0].tolist() == [4, 5, 5, 5, 5]  # what is forced, also beyond the budget
+
+
 def test_the_best_blocks_between_are_found():
     """One block of keys is what every query wants: it is read wherever it is between the first and the most recent."""
     q, k = torch.zeros(1, 1, 128, 4), torch.zeros(1, 1, 128, 4)

@@ -177,6 +177,79 @@ def test_other_masks_are_refused():
     assert method.attend(right).shape == right.q.shape
 
 
+def small(kind):
+    """A random model with weights large enough that attention is far from uniform."""
+    import transformers as hf
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 128,
+    }
+    shared = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    if kind == "gemma2":  # every second layer slides, scores are capped
+        sizes |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 2.0}
+        model = hf.Gemma2ForCausalLM(hf.Gemma2Config(**sizes, **shared))
+    elif kind == "gpt2":  # learned positions, added to the tokens
+        model = hf.GPT2LMHeadModel(
+            hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=128, n_positions=128, **shared)
+        )
+    else:  # rotary positions in a part of the channels
+        model = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**sizes, **shared))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.copy_(torch.randn_like(weight) * 0.4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gpt_neox"])
+def test_other_families(kind):
+    model, ids = small(kind), prompt(40)
+    want = logits(model, ids)
+    with regard.attach(model, regard.CCAAttention(4, 64)):
+        assert torch.allclose(logits(model, ids), want, atol=1e-3)
+    with regard.attach(model, regard.CCAAttention(4, 6)):
+        whole = logits(model, ids)
+        assert not torch.allclose(whole, want, atol=1e-2)
+        assert torch.allclose(decoded(model, ids, 13)[0], whole, atol=1e-3)
+
+
+def test_encoder_decoder_models():
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=64,
+        vocab_size=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    model, heard = WhisperForConditionalGeneration(config).eval(), torch.randn(1, 8, 40)
+    ids = prompt(30)
+    with torch.no_grad():
+        want = model(heard, decoder_input_ids=ids).logits
+        with regard.attach(model, regard.CCAAttention(4, 64)):
+            assert torch.allclose(model(heard, decoder_input_ids=ids).logits, want, atol=1e-4)
+        with regard.attach(model, regard.CCAAttention(4, 6)):
+            found = model(heard, decoder_input_ids=ids)
+            assert bool(torch.isfinite(found.logits).all())
+
+
 def test_models_that_cannot():
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 

@@ -330,3 +330,29 @@ def test_uneven_heads_and_rows_in_one_store():
     store.append(fresh)
     check(True)
     assert torch.equal(store.gathered("k")[1], count + 1)
+
+
+def test_soft_caps_and_sliding_layers():
+    """Gemma 2: scores are capped, and every second layer has a window and so keeps its own cache."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16, "attn_logit_softcapping": 2.0}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, query_pre_attn_scalar=1)).eval()
+    ids = torch.randint(3, 97, (2, 40))
+
+    def logits(*methods, cuts=(30, 31, 32, 37)):
+        with regard.attach(model, *methods) as session, torch.no_grad():
+            cache = session.new_cache() if methods else None
+            rows, begin = [], 0
+            for end in (*cuts, 40):
+                out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+                cache, begin = out.past_key_values, end
+                rows.append(out.logits)
+        return torch.cat(rows, 1)
+
+    want = logits()
+    for method in (regard.H2O(64), regard.RecycledAttention(64, 5), regard.StaircaseQuantCache(((None, 16),))):
+        torch.testing.assert_close(logits(method), want, rtol=1e-4, atol=1e-4)
+    assert (logits(regard.H2O(12)) - want).abs().max() > 1e-3

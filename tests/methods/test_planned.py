@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from sparse_models import generated, logits, padded_batch, prompt
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -147,6 +148,40 @@ def test_taking_back_works_until_something_was_evicted(model):
         torch.testing.assert_close(torch.cat(outs, 1), want[:, 20:], rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match="cannot: it has evicted"):
             cache.crop(30)
+
+
+def family(name):
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    if name == "GPT2LMHead":
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=128, **special)
+        ).eval()
+    more = {"Gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 24}}.get(name, {})
+    config = getattr(transformers, f"{name}Config")(**sizes, **special, **more, max_position_embeddings=128)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHead", "GPTNeoX", "Gemma2"])
+def test_other_families(name):
+    """Learned positions, partial rotary embeddings, soft caps beside sliding windows of the model's own."""
+    other, ids = family(name), prompt(60).clamp(max=96)
+    with regard.attach(
+        other, PlannedAttention(HeadPlan(((Window(2, 14),), (BlockLocal(8, 1),), (Sharded(4, 2, 3, 1),))))
+    ):
+        whole = logits(other, ids, use_cache=False)
+        with torch.no_grad():
+            past = other(ids[:, :40], use_cache=True).past_key_values
+            steps = [other(ids[:, i : i + 1], past_key_values=past).logits for i in range(40, 60)]
+        torch.testing.assert_close(torch.cat(steps, 1), whole[:, 40:], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(other, ids), whole, atol=1e-4)
 
 
 def test_half_precision_and_gradients_through_the_mask(model):

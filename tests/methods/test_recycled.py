@@ -209,3 +209,28 @@ def test_bad_values(options, message):
 def test_layers_that_are_not_there():
     with pytest.raises(ValueError, match=r"dense_layers: got \[7\], need layers of 3"):
         regard.attach(tiny_llama(), regard.RecycledAttention(dense_layers=[7]))
+
+
+def test_training_reads_as_decoding_does():
+    """Without a cache, one layer deep, the whole sequence gives what a prompt of one token and decoding on from it give."""
+    model = tiny_llama(num_hidden_layers=1)
+    ids = torch.randint(1, 128, (2, 30))
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    method = regard.RecycledAttention(4, 6, whole=True)
+    with regard.attach(model, method):
+        whole = model(ids, attention_mask=mask, use_cache=False)
+        whole.logits[mask.bool()].sum().backward()
+        rows = [(ids[:1], whole.logits[:1]), (ids[1:, 11:], whole.logits[1:, 11:])]
+        for one, want in rows:
+            with torch.no_grad():
+                cache, logits = None, []
+                for token in one.unbind(1):
+                    out = model(token[:, None], past_key_values=cache, use_cache=True)
+                    cache = out.past_key_values
+                    logits.append(out.logits)
+            torch.testing.assert_close(torch.cat(logits, 1), want, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.layers.parameters())
+    with regard.attach(model, regard.RecycledAttention(4, 6)), torch.no_grad():
+        dense = model(ids, attention_mask=mask, use_cache=False).logits
+    assert (dense - whole.logits).abs().max() > 1e-3

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sparse_models import call, generated, logits, padded_batch, prompt
+from torch import nn
 
 import regard
 from regard import SinkLoRA, ops
@@ -67,15 +68,40 @@ def test_padding_changes_nothing(training):
         torch.testing.assert_close(right[1, :73], want[0], rtol=1e-5, atol=1e-5)
 
 
-def test_it_trains_and_few_parameters_may_be_enough(training):
-    """Norms, embeddings and low-rank changes of the projections, as LoRA+ has it; here the low-rank part is a plain reparametrisation."""
+class LowRank(nn.Module):
+    """What peft's LoRA does to a linear layer."""
+
+    def __init__(self, base, rank=4, alpha=8):
+        super().__init__()
+        self.base, self.scale = base, alpha / rank
+        self.down, self.up = (
+            nn.Linear(base.in_features, rank, bias=False),
+            nn.Linear(rank, base.out_features, bias=False),
+        )
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.scale * self.up(self.down(x))
+
+
+def test_low_rank_changes_norms_and_embeddings_are_enough_to_train(training):
+    """LongLoRA's recipe: inside the groups for training, with full attention afterwards."""
     ids = prompt(64)
+    for layer in training.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, LowRank(getattr(layer.self_attn, name)))
     for name, parameter in training.named_parameters():
-        parameter.requires_grad_("norm" in name or "embed" in name)
-    with regard.attach(training, SinkLoRA()):
-        training(ids, labels=ids).loss.backward()
-    grads = {name: p.grad for name, p in training.named_parameters() if p.requires_grad}
-    assert all(grad is not None and bool(grad.isfinite().all()) for grad in grads.values())
+        parameter.requires_grad_(any(part in name for part in ("norm", "embed", ".up.", ".down.")))
+    trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
+    before = training.eval()(ids, labels=ids).loss.item()
+    optimizer = torch.optim.Adam(trained, 1e-2)
+    with regard.attach(training.train(), SinkLoRA()):
+        for _ in range(30):
+            optimizer.zero_grad()
+            training(ids, labels=ids).loss.backward()
+            assert all(bool(parameter.grad.isfinite().all()) for parameter in trained)
+            optimizer.step()
+    assert training.eval()(ids, labels=ids).loss.item() < 0.8 * before
 
 
 def test_released_needs_whole_groups_and_no_padding(training):

@@ -20,7 +20,7 @@ from regard.nn import (
     VanillaAttention,
 )
 from regard.nn.sequence.long_short_attention import default_chunks
-from regard.nn.sequence.pattern_attention import segment_means
+from regard.nn.sequence.pattern_attention import PATTERNS, segment_means
 
 DIM, HEADS = 24, 3
 
@@ -34,6 +34,9 @@ def cases():
     for name, method in METHODS.items():
         for pattern in sorted(method.patterns):
             yield pytest.param(name, pattern, id=f"{name}-{pattern}")
+
+
+NO_PADDING = ("probsparse-NS", "longshort-CS", *(f"none-{pattern}" for pattern in PATTERNS))
 
 
 def build(name, pattern, length=64):
@@ -52,7 +55,7 @@ def test_every_pattern_runs_trains_and_repeats(name, pattern):
     out = layer(x, *others)
     assert out.shape == x.shape and out.isfinite().all()
     torch.testing.assert_close(layer(x, *others), out)
-    for length in (1, 2, 16, 17):
+    for length in (0, 1, 2, 16, 17):
         assert layer(x[:, :length], *others).shape == (2, length, DIM)
     if pattern[0] == "C":
         assert causality_test(layer, pattern=pattern)
@@ -97,6 +100,23 @@ def test_padding_is_as_if_it_were_not_there(kind, options):
         torch.testing.assert_close(layer(query, x, keys), layer(query, x[:, :11]), rtol=1e-4, atol=1e-5)
     else:
         torch.testing.assert_close(layer(x, keys=keys)[:, :11], layer(x[:, :11]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [case for case in cases() if case.values[0] not in ("probsparse", "none") and case.id != "longshort-CS"],
+)
+def test_rows_of_padding_alone_stay_finite(name, pattern):
+    layer = build(name, pattern).eval()
+    x, context = torch.randn(2, 20, DIM, requires_grad=True), torch.randn(2, 20, DIM)
+    keys = torch.ones(2, 20, dtype=torch.bool)
+    keys[0, :6], keys[1] = False, False
+    out = layer(x, context, keys) if pattern[1] == "C" else layer(x, keys=keys)
+    assert out.isfinite().all()
+    out.square().sum().backward()
+    assert x.grad.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    if pattern[1] == "C":
+        assert layer(x, context[:, :0]).shape == x.shape
 
 
 def test_a_wide_window_is_vanilla():

@@ -5,7 +5,7 @@ import torch
 
 from regard import masks
 from regard.ops import Selection, make_plan
-from regard.ops.plan import FULL, LAZY
+from regard.ops.plan import FULL, LAZY, kept_plan
 
 
 def plan_of(mask, selection=None, q_len=50, kv_len=70, heads=4, kv_heads=2, **options):
@@ -94,3 +94,25 @@ def test_documents_are_found_without_asking_everywhere():
     zero = torch.zeros((), dtype=torch.long)
     some, every = mask.bounds(zero, zero, lo[:, None], hi[:, None], lo[None], hi[None])
     assert torch.equal(some, same.any(-1)) and torch.equal(every, same.all(-1))
+
+
+def test_plans_of_masks_that_cannot_change_are_kept():
+    options = {"q_len": 40, "kv_len": 40, "q_offset": 0, "num_kv_heads": 2, "block_q": 8, "block_k": 8}
+    mask = masks.sliding_window(7) & masks.causal
+    with torch.inference_mode():
+        first = kept_plan(mask, None, batch=2, num_heads=4, **options)
+    assert not first.kv_blocks.is_inference() and not first.tiles.is_inference()
+    assert kept_plan(mask, None, batch=3, num_heads=2, **options) is first  # neither batch nor head matter to it
+    assert kept_plan(mask, None, batch=2, num_heads=4, **options | {"q_len": 24}) is not first
+    whole = make_plan(mask, None, batch=2, num_heads=4, **options)
+    assert torch.equal(first.kv_blocks, whole.kv_blocks) and torch.equal(first.tiles, whole.tiles)
+    sharded = masks.head_sharded(4, 8, 1, 2)
+    one, other = (kept_plan(sharded, None, batch=1, num_heads=heads, **options) for heads in (4, 2))
+    assert one is not other and one is kept_plan(sharded, None, batch=5, num_heads=4, **options)
+    changing = masks.dense(RANDOM[:40, :40])
+    assert kept_plan(changing, None, batch=1, num_heads=1, **options) is not kept_plan(
+        changing, None, batch=1, num_heads=1, **options
+    )
+    for length in (32, 31, 30, 29, 28):
+        kept_plan(mask, None, batch=2, num_heads=4, **options | {"q_len": length})
+    assert kept_plan(mask, None, batch=2, num_heads=4, **options) is not first  # a few at a time

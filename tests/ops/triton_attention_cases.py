@@ -14,6 +14,8 @@ CASES = {
     "empty rows": masks.dense(torch.arange(70)[None, :] > torch.arange(45)[:, None] + 40),
     "per head": masks.per_head([masks.causal, masks.block(16), masks.causal, masks.sink(2)]),
     "padding": masks.padding(torch.tensor([13, 70])),
+    "neighborhood": masks.neighborhood((7, 10), (3, 5), dilation=(1, 2), is_causal=(True, False), tile=(2, 4)),
+    "intervals": masks.intervals(torch.arange(70) // 3 * 2 - 5, torch.arange(70) - 4),
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from .._checks import require_name, resolve_budget
+from ..methods.plans import Rule, Window, union
+from ..methods.slots import AllSlots, RingSlots
 
 if TYPE_CHECKING:
     from .cost import ModelShape
@@ -197,7 +200,10 @@ def _dhsa(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
 def _block_dhsa(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
     if phase == "decode":
         return [(1.0, DENSE)]
-    budget = max(method.block_k, resolve_budget("budget", method.budget, context))
+    least = method.block_k + (
+        method.block_q if method.band else method.block_k
+    )  # the first block, and those of the rows themselves
+    budget = max(least, resolve_budget("budget", method.budget, context))
     scored = lambda seen: np.full_like(seen, context / method.block_k)  # noqa: E731 (all blocks, also of the future)
     return _with_dense_layers(method, shape, Reach(_at_most(budget), scored=scored, search_rows=method.block_q))
 
@@ -240,23 +246,41 @@ def _staircase(method: Any, shape: ModelShape, context: int, phase: str) -> Part
     return [(1.0, Reach(kept=stored, moved=None if phase == "prefill" else stored))]
 
 
-def _moa(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
-    if method.plan is not None:
-        raise ValueError("method: the cost of MoA with a plan is not known, only that of the uniform budget")
-    span = resolve_budget("budget", method.budget, context + method.new_tokens)
-    return [(1.0, window_reach(span, evicts=True))]
+def _planned(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    """Heads whose rules are known: what each reads, and what the rules of its kv head keep."""
+    share, found = shape.num_heads // shape.num_kv_heads, Counter[tuple[Rule, Rule]]()
+    for layer in range(shape.num_layers):
+        rules = method.rules_of(layer, shape.num_layers, shape.num_heads, shape.num_kv_heads)
+        settled = [rule.at(context) for rule in rules]
+        if phase == "decode":  # a prompt may be read in whole blocks, a token sees tokens
+            settled = [replace(rule, block=1) if isinstance(rule, Window) else rule for rule in settled]
+        found.update((rule, union(settled[i // share * share :][:share])) for i, rule in enumerate(settled))
+    return [(count / found.total(), _reach_of(*rules, context)) for rules, count in found.items()]
 
 
-def _mas_former(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
-    full, layers = method.full_layers, shape.num_layers
-    if isinstance(full, float):
-        count = round(full * layers)
+def _reach_of(rule: Rule, kept: Rule, context: int) -> Reach:
+    slots = kept.slots()
+    if isinstance(slots, AllSlots):
+        keep: Amount = _all
+    elif isinstance(slots, RingSlots):
+        keep = _at_most(slots.sink + slots.window)
     else:
-        count = min(full, layers) if isinstance(full, int) else len({number % layers for number in full})
-    block, before = method.block, method.left_blocks * method.block
-    read = lambda seen: np.minimum(seen, before + (seen - 1) % block + 1)  # noqa: E731
-    sparse = Reach(read, _at_most(before + block))
-    return [(count / layers, DENSE), (1 - count / layers, sparse)]
+        keep = _looked_up(kept, context)
+    return Reach(_looked_up(rule, context), keep)
+
+
+def _looked_up(rule: Rule, context: int) -> Amount:
+    keys = rule.row_lengths(context + 1).double().numpy()
+    return lambda seen: keys[np.clip(seen, 1, context + 1).astype(int) - 1]
+
+
+def _s2(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
+    if not method.free_cache:
+        return _with_dense_layers(method, shape, _masked(method, shape, context))
+    rules = Counter(method.rules_of(shape.num_heads, shape.num_kv_heads))
+    return _with_dense_layers(
+        method, shape, [(count / rules.total(), _reach_of(rule, rule, context)) for rule, count in rules.items()]
+    )
 
 
 def _cca(method: Any, shape: ModelShape, context: int, phase: str) -> Parts:
@@ -319,8 +343,8 @@ _KNOWN: dict[str, Callable[[Any, Any, int, str], Parts]] = {
     "EvictingMethod": _evicting,
     "RecycledAttention": _recycled,
     "StaircaseQuantCache": _staircase,
-    "MoA": _moa,
-    "MASFormer": _mas_former,
+    "PlannedMethod": _planned,
+    "S2Attention": _s2,
     "CCAAttention": _cca,
     "HyperAttention": _hyper,
     "BlockTopK": _block_topk,

@@ -121,6 +121,12 @@ def _long_heads(budget: int | float, context: int) -> dict[str, Any]:
     return {"budget": tokens, "chunk": max(1, min(256, tokens // 8))}
 
 
+def _block_dhsa(budget: int | float, context: int) -> dict[str, Any]:
+    """Query blocks of an eighth of the context at most, so that their own keys leave room in the budget."""
+    block_k = 32 if context >= 4096 else 16 if context >= 1024 else 8
+    return {"budget": budget, "block_q": 2 * block_k, "block_k": block_k}
+
+
 _NO_BUDGET: Callable[[int | float, int], dict[str, Any]] = lambda budget, context: {}  # noqa: E731
 
 ROSTER: dict[str, tuple[str, Callable[[int | float, int], dict[str, Any]], str]] = {
@@ -151,7 +157,7 @@ ROSTER: dict[str, tuple[str, Callable[[int | float, int], dict[str, Any]], str]]
     "cca-attention": ("CCAAttention", _cca, "one pooled token for each old group, recent tokens one by one"),
     "hyper-attention": ("HyperAttention", _hyper, "blocks of an LSH order and sampled keys, in prefill"),
     "pr-flash-attention": ("PrFlashAttention", _pr_flash, "blocks by chance, the nearer the likelier"),
-    "block-dhsa": ("BlockDHSA", _budget, "first block, diagonal and the best blocks between, in prefill"),
+    "block-dhsa": ("BlockDHSA", _block_dhsa, "first block, diagonal and the best blocks between, in prefill"),
     "dhsa": ("DHSA", _budget, "keys by chunk scores, per query block, in prefill"),
     "block-topk": ("BlockTopK", _blocks, "blocks of keys by their mean, per block of queries and kv head"),
     "retrieval-attention": (

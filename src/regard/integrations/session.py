@@ -88,7 +88,8 @@ class Session:
         if getattr(self.entry.config, "is_encoder_decoder", False):
             from transformers import DynamicCache, EncoderDecoderCache
 
-            cache = EncoderDecoderCache(cache, DynamicCache())
+            if not isinstance(cache, EncoderDecoderCache):  # some methods bring both halves
+                cache = EncoderDecoderCache(cache, DynamicCache())
         cache._regard_session = id(self)
         return cache
 

@@ -13,6 +13,7 @@ _TABLE = {
     "FIT": ".fit",
     "FITAR": ".fit_ar",
     "FITDenoiser": ".fit_denoiser",
+    "LandmarkGPT": ".landmark_gpt",
     "Sampling": ".sampling",
     "parse_layers": ".fit_stages",
     "SHViT": ".shvit",

@@ -21,6 +21,8 @@ _TABLE = {
     "KmeansSelfAttention": ".sequence.kmeans_attention",
     "OnlineKMeans": ".sequence.online_kmeans",
     "RoutingAttention": ".sequence.routing_attention",
+    "LandmarkAttention": ".sequence.landmark_attention",
+    "LandmarkCache": ".sequence.landmark_attention",
     "LightningAttention": ".sequence.lightning_attention",
     "GroupReadWrite": ".sequence.group_read_write",
     "group_image": ".sequence.group_read_write",

@@ -28,7 +28,7 @@ from .scores import ScoreMod, from_function
 __all__ = ["neighborhood_attention", "neighborhood_attention_backend"]
 
 _TILED = "tiled"
-_BLOCK = 128  # positions: the block of the GPU backends, filled by one tile
+_BLOCK = 64  # positions: the block of the GPU backends, filled by one tile (or by two that lie side by side)
 
 
 def neighborhood_attention(

@@ -7,6 +7,8 @@ tile saying which pairs are allowed. Tiles are shared: the diagonal of a causal 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +20,10 @@ from .selection import Selection
 FULL = -1
 LAZY = -2
 _TILE_BUDGET = 1 << 22  # booleans evaluated at a time while tiles are made
+_KEPT = 4  # plans per mask,
+_KEPT_SIZE = 1 << 20  # of at most so many listed blocks
+
+_plans_of: WeakKeyDictionary[Mask, dict[tuple, BlockPlan]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -145,6 +151,29 @@ def make_plan(
         q_len=q_len,
         kv_len=kv_len,
     )
+
+
+def kept_plan(mask: Mask | None, selection: Selection | None, **options: Any) -> BlockPlan:
+    """`make_plan`, kept as long as the mask is there where the mask cannot change and no selection comes with it."""
+    mask = everything if mask is None else mask
+    if not mask.frozen or selection is not None:
+        return make_plan(mask, selection, **options)
+    kept = _plans_of.setdefault(mask, {})
+    # what does not depend on the batch or the head is the same plan for any number of them
+    key = tuple(
+        (name, str(value))
+        for name, value in sorted(options.items())
+        if (name != "batch" or mask.varies_batch) and (name not in ("num_heads", "num_kv_heads") or mask.varies_head)
+    )
+    if key not in kept:
+        with torch.inference_mode(False), torch.no_grad():  # a plan made while evaluating may serve training later
+            plan = make_plan(mask, selection, **options)
+        if plan.kv_blocks.numel() > _KEPT_SIZE:
+            return plan
+        while len(kept) >= _KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = plan
+    return kept[key]
 
 
 def _empty(indices: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int) -> BlockPlan:

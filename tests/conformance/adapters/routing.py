@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from regard.integrations.official import load_official
-from regard.nn import KmeansAttention, RoutingAttention
+from regard.nn import KmeansAttention, KmeansSelfAttention, RoutingAttention
 
 RELATIVE = {
     "sparsity_cluster_relative": "cluster",
@@ -109,4 +109,23 @@ def community_cases(case):
         if layer.training:
             layer.update()
             found[f"after.{name}"] = layer.kmeans.means
+    return found
+
+
+def community_layer(case):
+    found = {}
+    for name, options in case.meta["official_kwargs"].items():
+        layer = KmeansSelfAttention(
+            options["dim"],
+            options["heads"],
+            head_dim=options["dim_head"],
+            num_clusters=options["max_seq_len"] // options["window_size"],
+            window=options["window_size"],
+            causal=options["causal"],
+            shared_qk=options.get("shared_qk", False),
+            num_mem_kv=options.get("num_mem_kv", 0),
+        ).eval()
+        load_official(layer, {k[len(name) + 1 :]: v for k, v in case.params.items() if k.startswith(f"{name}.")})
+        with torch.no_grad():
+            found[name], found[f"loss.{name}"] = layer(case.inputs[f"x.{name}"], case.inputs[f"mask.{name}"])
     return found

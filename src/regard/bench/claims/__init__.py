@@ -45,6 +45,7 @@ MODULES = {
     "149": "c149_fit",
     "168": "c168_flash_attention",
     "181": "c181_dma",
+    "150": "c150_long_heads",
     "167": "c167_retrieval_attention",
     "189": "c189_largepig",
 }

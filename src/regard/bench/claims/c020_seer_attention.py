@@ -98,7 +98,7 @@ def _queries_and_keys(model: Any, ids: list[int], layers: list[int], block: int)
         session.observers.append(lambda call: calls.append(call) if call.layer in layers else None)
         model(torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
         at = query_positions(calls[0])
-    found = {}
+    found: dict[int, tuple[Tensor, ...]] = {}
     for call in calls:
         target = pooled_attention_map(call.q, call.k, block, "max", scale=call.scale, normalize=True)
         mass = pooled_attention_map(call.q, call.k, block, "sum", scale=call.scale)

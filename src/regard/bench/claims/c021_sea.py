@@ -48,7 +48,7 @@ def _quality(out: Outcome, scale: Scale) -> str:
         student = EstimatedSparseAttention(heads, dim, k=k, width=width, causal=True, max_len=length)
         for label in (FRESH, LEARNED):
             if label == LEARNED:
-                _distil(student, [item for number, item in enumerate(items) if number not in held], scale.pick(120, 2))
+                _distil(student, [item for number, item in enumerate(items) if number not in held], scale.pick(150, 2))
             for number in held:
                 _take(found[label], student, items[number])
         for number in held:
@@ -63,7 +63,7 @@ def _quality(out: Outcome, scale: Scale) -> str:
     out.check(f"{ERROR}, over that of the window", error[LEARNED] / error[WINDOW], at_most=1.0)
     out.note = "; ".join(f"{label}: mass {mass[label]:.3f}, error {error[label]:.3f}" for label in found) + ". "
     return (
-        f"layers {layers} of {scale.model_name}, {length} tokens, {k} keys a head and query, {width} bins, {scale.pick(120, 2)} steps of "
+        f"layers {layers} of {scale.model_name}, {length} tokens, {k} keys a head and query, {width} bins, {scale.pick(150, 2)} steps of "
         "distillation on twelve prompts (the paper: whole models, many epochs)"
     )
 

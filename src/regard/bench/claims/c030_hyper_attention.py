@@ -105,7 +105,7 @@ def _error(out: Outcome, scale: Scale, context: int) -> None:
 def _perplexity(out: Outcome, scale: Scale, context: int) -> None:
     model, tokenizer = scale.language_model()
     depth = model.config.get_text_config().num_hidden_layers
-    windows = token_windows(tokenizer, context, scale.pick(3, 1))
+    windows = token_windows(tokenizer, context, scale.pick(2, 1))
     least = context // 4
     counts = sorted({0, depth // 6, depth // 3, depth // 2})
     for count in counts:

@@ -33,7 +33,7 @@ def measure(scale: Scale) -> Outcome:
     out = Outcome(f"{context} tokens of English prose, no training", "a text")
     _density(out, scale)
     model, tokenizer = scale.language_model()
-    texts = token_windows(tokenizer, context, scale.pick(4, 1))
+    texts = token_windows(tokenizer, context, scale.pick(2, 1))
     _chance(out, model, texts, scale)
     _stairs(out, model, texts, scale)
     out.note = "The probability 1 / (1 + distance)^gamma and the steps of the staircase are our choices: the paper gives neither."

@@ -49,7 +49,7 @@ def measure(scale: Scale) -> Outcome:
 def _quality(out: Outcome, scale: Scale, context: int, group: int, window: int) -> None:
     model, tokenizer = scale.language_model()
     entries = window + group - 1 + context // group
-    texts = token_windows(tokenizer, context, scale.pick(4, 1))
+    texts = token_windows(tokenizer, context, scale.pick(3, 1))
     ways: dict[str, Method | None] = {
         "dense": None,
         CCA: CCAAttention(group, window),

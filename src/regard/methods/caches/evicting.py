@@ -165,11 +165,6 @@ class EvictingLayer(AttendingLayer):
         )
         return {"k": keys, "v": values, "position": position, "score": _zeros(keys)}
 
-    def starts(self) -> Tensor:
-        """`start` on the CPU."""
-        assert self.start is not None
-        return self.start.cpu() if self.latest_start else torch.zeros(self.start.shape, dtype=torch.long)
-
     # Scores and evictions
 
     def _rescore(self, part: Pages, q_len: int, sums: Callable[[int | None, str], Tensor]) -> None:

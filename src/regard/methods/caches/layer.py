@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -49,6 +50,7 @@ class AttendingLayer(CacheLayerMixin):
     def _forget(self) -> None:
         self.seen = 0
         self.start: Tensor | None = None
+        self._starts: tuple[Tensor, Tensor] | None = None
         self.latest_start = 0
         self.pending: tuple[Tensor, Tensor] | None = None
         self.clear()
@@ -86,6 +88,14 @@ class AttendingLayer(CacheLayerMixin):
             self.start = call.start.clone()
             self.latest_start = int(self.start.max()) if self.start.numel() else 0
         return keys, values, before
+
+    def starts(self) -> Tensor:
+        """`start` on the CPU, copied there once."""
+        assert self.start is not None
+        if self._starts is None or self._starts[0] is not self.start:
+            none = torch.zeros(self.start.shape, dtype=torch.long)
+            self._starts = self.start, self.start.cpu() if self.latest_start else none
+        return self._starts[1]
 
     # What transformers asks of a cache layer
 

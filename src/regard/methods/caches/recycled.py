@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..._checks import require, require_int, require_name, resolve_budget
 from ...ops import masks, merge_lse
+from ...ops.recycled import recycled_attention
 from ..call import AttentionCall, Method
 from .decoder import decoder_config, ragged_layers
 from .evicting import new_mask, prompt_sums
@@ -42,6 +43,9 @@ class RecycledAttention(Method):
         group: how the attention of the query heads of one kv head is joined: "max", "mean" or "sum".
         choice: "attention", or "recent": 4 first tokens and recent ones in place of the most attended, the paper's comparison.
         dense_layers: layer numbers (negative from the end) that always take full steps.
+        whole: also where there is no cache (training, scoring with use_cache=False): chunks of `stride` queries share what their first
+            one reads most (`regard.ops.recycled_attention`), which is how the paper goes on pre-training; a fraction is then of the
+            sequence. False: attention without a cache stays dense.
 
     With a batch, each row has its own small cache and, by similarity, its own full steps. `ValueError` on bad values.
     """
@@ -54,6 +58,7 @@ class RecycledAttention(Method):
     group: str = "max"
     choice: str = "attention"
     dense_layers: Sequence[int] = ()
+    whole: bool = False
 
     def __post_init__(self) -> None:
         resolve_budget("budget", self.budget, 1)
@@ -82,7 +87,27 @@ class RecycledAttention(Method):
         return ragged_layers(model, make, type(self).__name__)
 
     def attend(self, call: AttentionCall) -> Tensor | None:
-        return call.cache.attend(call) if isinstance(call.cache, RecycledLayer) else None
+        if isinstance(call.cache, RecycledLayer):
+            return call.cache.attend(call)
+        if not self.whole or call.cache is not None or call.layer in self.dense_layers:
+            return None
+        if call.layer - call.num_layers in self.dense_layers:
+            return None
+        return self._over_whole(call)
+
+    def _over_whole(self, call: AttentionCall) -> Tensor:
+        """Rows with the same left padding together, without it: chunks begin at a row's own first token."""
+        require(call.soft_cap is None, "whole", True, "False for a model that caps its scores")
+        out = call.q.new_zeros((*call.q.shape[:3], call.v.shape[3]))
+        starts = call.start.cpu().clamp(max=call.q_len)
+        for start in starts.unique().tolist():
+            rows = (starts == start).nonzero()[:, 0].to(call.q.device)
+            q, k, v = (t[rows, :, start:] for t in (call.q, call.k, call.v))
+            budget = max(1, resolve_budget("budget", self.budget, q.shape[2]))
+            options: dict[str, Any] = {"group": self.group, "scale": call.scale, "backend": call.backend}
+            part = recycled_attention(q, k, v, budget=budget, stride=self.stride, **options)
+            out = out.index_put((rows,), torch.nn.functional.pad(part, (0, 0, start, 0)))
+        return out
 
 
 class _Together:
@@ -168,9 +193,8 @@ class RecycledLayer(AttendingLayer):
 
     def begin(self, call: AttentionCall, keys: Tensor, values: Tensor) -> None:
         """Take in a prompt, whose last query chooses."""
-        assert self.start is not None
         batch, heads, length = keys.shape[:3]
-        starts = self.start.cpu().clamp(max=length)
+        starts = self.starts().clamp(max=length)
         count = length - starts
         self.kept = torch.tensor([max(1, resolve_budget("budget", self.method.budget, n)) for n in count.tolist()])
         slots = torch.arange(max(1, int(count.max())), device=keys.device)
@@ -188,8 +212,7 @@ class RecycledLayer(AttendingLayer):
         mask = new_mask(self, call, keys.shape[2], before)
         fresh, fresh_lse = attention_over(call, call.q, keys, values, mask, return_lse=True)
         out, _ = merge_lse([stored, fresh], [lse, fresh_lse])
-        assert self.start is not None
-        self.full.append(_rows(keys, values, before), skip=(self.start.cpu() - before).clamp(min=0))
+        self.full.append(_rows(keys, values, before), skip=(self.starts() - before).clamp(min=0))
         self._full_step(call, self.full, list(range(call.batch)), call.q[:, :, -1:], scale)
         return out
 
@@ -209,7 +232,7 @@ class RecycledLayer(AttendingLayer):
         """Fill the small cache of these rows with their `kept` entries of the highest score, scores (G, longest) by part."""
         assert self.kept is not None and self.start is not None
         chosen = []
-        starts = self.start.cpu()
+        starts = self.starts()
         for part, score in zip(store.parts, scores):
             row = torch.tensor(rows)[part.members // store.heads]
             if self.method.choice == "recent":

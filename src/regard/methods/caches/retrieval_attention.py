@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from ..._checks import require_int, require_name
 from ...ops import masks, merge_lse
+from ...ops.growing_store import GrowingStore
 from ...ops.index.growing import Growing
 from ...ops.index.quality import KINDS, make_index
 from ...ops.reference import softmax_with_lse
 from ..call import AttentionCall, Method
 from .decoder import ragged_layers
 from .layer import AttendingLayer, attention_over
-from .ragged import GrowingStore
 
 _PROMPT = 32  # from so many tokens on a call is a piece of a prompt, and attended in full
 _ASKED = 4096  # queries per kv head kept to build the index from

@@ -201,8 +201,7 @@ class StaircaseLayer(AttendingLayer):
 
     def begin(self, call: AttentionCall, keys: Tensor, values: Tensor) -> None:
         """Take in a prompt."""
-        assert self.start is not None
-        starts = self.start.cpu().clamp(max=keys.shape[2])
+        starts = self.starts().clamp(max=keys.shape[2])
         self.stairs = []
         for start in starts.unique().tolist():
             rows = (starts == start).nonzero()[:, 0]
@@ -243,6 +242,6 @@ class StaircaseLayer(AttendingLayer):
             k, v = torch.cat([k() for k, _ in pieces], 2), torch.cat([v() for _, v in pieces], 2)
             if k.shape[2]:
                 stored[at], lse[at] = attention_over(call, call.q[at], k, v, return_lse=True)
-            start = int(self.start[at[0]]) if self.start is not None else 0
+            start = int(self.starts()[stair.rows[0]])
             stair.add(keys[at, :, max(0, start - before) :], values[at, :, max(0, start - before) :])
         return merge_lse([stored, fresh], [lse, fresh_lse])[0]

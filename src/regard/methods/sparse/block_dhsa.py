@@ -29,6 +29,8 @@ class BlockDHSA(ChoosingMethod):
         pattern: how the blocks between are found, see `regard.ops.select.a_shape_blocks`: "a-shape" (by block means), "vertical-slash",
             "vertical-slash-blocks", or "topk": the release's default, which also chooses among blocks of the future, so that early rows
             may see nothing; it is not the default here.
+        band: every query sees its own block of keys and those of its query block before it, as part of the budget or beyond it; False: only
+            the most recent block is sure to be read (as released for "a-shape"), which early rows of a query block cannot see yet.
         vertical_share: of the budget, in columns rather than diagonals. dense_layers: the first this many layers stay dense, or numbers.
 
     Raises (from `attach`):
@@ -39,6 +41,7 @@ class BlockDHSA(ChoosingMethod):
     block_q: int = 128
     block_k: int = 32
     pattern: str = "a-shape"
+    band: bool = True
     vertical_share: float = 0.5
     dense_layers: DenseLayers = 0
 
@@ -69,6 +72,12 @@ class BlockDHSA(ChoosingMethod):
         sizes = {"block_q": self.block_q, "block_k": self.block_k}
         return Choice(
             a_shape_blocks(
-                stretch.q, stretch.k, topk, **sizes, pattern=self.pattern, vertical_share=self.vertical_share
+                stretch.q,
+                stretch.k,
+                topk,
+                **sizes,
+                pattern=self.pattern,
+                vertical_share=self.vertical_share,
+                band=self.band,
             )
         )

@@ -16,7 +16,7 @@ from ..._files import write_whole
 from ...nn.sequence.attention_gate import GATE_TYPES, AttentionGate, DecodeAttentionGate
 from .layers import text_config
 
-Gates = Mapping[str, nn.Module]  # layer number -> gate, as a `ModuleDict` holds them
+Gates = Mapping[str, nn.Module] | nn.ModuleDict  # layer number -> gate, as a `ModuleDict` holds them
 _OPTIONS = ("num_heads", "num_kv_heads", "head_dim", "gate_dim", "block_size", "k_pool")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(?:self_attn\.attn_gate\.)?(?=(?:mask_|attngate_|linear_|norm_))")
 

@@ -49,6 +49,9 @@ class AttentionEstimator(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(3 * head_dim, 2 * head_dim), nn.LayerNorm(2 * head_dim), nn.GELU())
         self.row_decoder = nn.Linear(2 * head_dim, width // shrink * self.splits)
         inner = self.splits * num_heads
+        self.conv1: nn.Conv2d
+        self.conv2: nn.Conv2d
+        self.conv3: nn.Conv2d
         if causal:
             self.positions = nn.Parameter(torch.randn(max_len, head_dim))
             self.norm_in, self.norm_out = nn.LayerNorm(width // shrink), nn.LayerNorm(width)

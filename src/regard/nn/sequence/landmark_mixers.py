@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import require_int, require_name
-from .pattern_attention import ProjectedAttention, segment_means
+from .pattern_attention import ProjectedAttention, segment_means, softmax_over_keys
 
 __all__ = ["BoundedMemoryAttention", "LinearRandomizedAttention", "NystromAttention"]
 
@@ -23,6 +23,11 @@ _CHUNK = 64
 def _masked(scores: Tensor, keys: Tensor | None) -> Tensor:
     """Scores (B, H, R, M), -inf at padding keys (B, M)."""
     return scores if keys is None else scores.masked_fill(~keys.bool()[:, None, None], float("-inf"))
+
+
+def _softmax(scores: Tensor, keys: Tensor | None) -> Tensor:
+    """Over the keys of scores (B, H, R, M), padding (B, M) left out."""
+    return softmax_over_keys(scores, None if keys is None else keys.bool()[:, None, None])
 
 
 class BoundedMemoryAttention(ProjectedAttention):
@@ -52,11 +57,12 @@ class BoundedMemoryAttention(ProjectedAttention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
         q = q * self.head_dim**-0.5
-        slots_k = _masked((k @ self.compress_k).transpose(-1, -2), keys)  # (B, H, R, M)
-        slots_v = _masked((v @ self.compress_v).transpose(-1, -2), keys)
+        slots_k = (k @ self.compress_k).transpose(-1, -2)  # (B, H, R, M)
+        slots_v = (v @ self.compress_v).transpose(-1, -2)
         if not self.causal or self.cross:
-            k, v = slots_k.softmax(-1) @ k, slots_v.softmax(-1) @ v
+            k, v = _softmax(slots_k, keys) @ k, _softmax(slots_v, keys) @ v
             return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        slots_k, slots_v = _masked(slots_k, keys), _masked(slots_v, keys)
         if self.variant == "released":
             own_k, own_v = (torch.exp(s - torch.logcumsumexp(s, -1)) for s in (slots_k, slots_v))
             scores = (q * k).sum(-1, keepdim=True) * own_k.transpose(-1, -2)
@@ -128,12 +134,12 @@ class NystromAttention(ProjectedAttention):
         power = -0.5 if self.variant == "released" else -0.25
         q, k = q * self.head_dim**power, k * self.head_dim**power
         if q.shape[2] <= self.landmarks:
-            out = _masked(q @ k.transpose(-1, -2), keys).softmax(-1) @ v
+            out = _softmax(q @ k.transpose(-1, -2), keys) @ v
         else:
             few_q, few_k = segment_means(q, self.landmarks), segment_means(k, self.landmarks)
             left = (q @ few_k.transpose(-1, -2)).softmax(-1)
             middle = (few_q @ few_k.transpose(-1, -2)).softmax(-1)
-            right = _masked(few_q @ k.transpose(-1, -2), keys).softmax(-1)
+            right = _softmax(few_q @ k.transpose(-1, -2), keys)
             out = left @ self._inverse(middle) @ (right @ v)
         return out if self.conv is None else out + self.conv(v)
 
@@ -194,7 +200,7 @@ class LinearRandomizedAttention(ProjectedAttention):
 
         log_k = log_features(k)
         of_mean = scale * ((sample * mean).sum(-1) - mean.square().sum(-1) / 2)
-        values = _masked(log_k, keys).softmax(-1) @ v  # (B, H, C, D)
+        values = _softmax(log_k, keys) @ v  # (B, H, C, D)
         stratum = scale * mean @ q.transpose(-1, -2)
         if self.optimal:
             stratum = stratum + (v.norm(dim=-1) + 1e-10).log()[:, :, None]

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..._checks import require, require_int
-from .pattern_attention import PatternAttention
+from .pattern_attention import PatternAttention, softmax_over_keys
 from .pre_norm import require_rate
 
 __all__ = ["CausalLongShortAttention", "LongShortAttention"]
@@ -50,13 +50,15 @@ class LongShortAttention(PatternAttention):
 
     def forward(self, x: Tensor, context: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         self.check(x, context, keys)
+        if not x.shape[1]:
+            return x
         length, window, side = x.shape[1], self.window, max(self.window // 2, 1)
         extra = -length % window
         real = x.new_ones(x.shape[:2], dtype=torch.bool) if keys is None else keys.bool()
         x, real = F.pad(x, (0, 0, 0, extra)), F.pad(real, (0, extra), value=False)
         q = self._heads(self.W_q(x)) * self.head_dim**-0.5
         k, v = self._heads(self.dual_ln_l(self.W_k(x))), self._heads(self.dual_ln_l(self.W_v(x)))
-        shares = self.dconv_fc(x).masked_fill(~real[..., None], float("-inf")).softmax(1)
+        shares = softmax_over_keys(self.dconv_fc(x), real[..., None], dim=1)
         shares = rearrange(shares, "b n (h r) -> b h r n", h=self.num_heads)
         few_k, few_v = (self._heads(self.dual_ln_s(self._whole(shares @ t))) for t in (k, v))
         far = q @ few_k.transpose(-1, -2)  # (B, H, N, R)
@@ -133,6 +135,8 @@ class CausalLongShortAttention(PatternAttention):
         self.check(x, context, keys)
         require(keys is None, "keys", "given", "none: causal Long-Short attention does not know of padding")
         length = x.shape[1]
+        if not length:
+            return x
         x = F.pad(x, (0, 0, 0, -length % self.chunk))  # what fills the last chunk is behind all real tokens
         q = self._heads(self.proj_query(x)) * self.head_dim**-0.5
         key, value = self.proj_key(x), self.proj_val(x)

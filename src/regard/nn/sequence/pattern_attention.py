@@ -106,6 +106,8 @@ class ProjectedAttention(PatternAttention):
 
     def forward(self, x: Tensor, context: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         source = self.check(x, context, keys)
+        if not x.shape[1] or not source.shape[1]:
+            return self.out_proj(torch.zeros_like(x))
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.num_heads)
         k = rearrange(self.k_proj(source), "b n (h d) -> b h n d", h=self.num_heads)
         v = rearrange(self.v_proj(source), "b n (h d) -> b h n d", h=self.num_heads)
@@ -171,6 +173,14 @@ class OpAttention(ProjectedAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None) -> Tensor:
         require(keys is None, "keys", "given", "none: a plain op does not know of padding")
         return self.op(q, k, v)
+
+
+def softmax_over_keys(scores: Tensor, keys: Tensor | None, dim: int = -1) -> Tensor:
+    """Softmax of scores along the keys' axis; keys: bool that broadcasts to scores, True for real ones. Zeros where none is real."""
+    if keys is None:
+        return scores.softmax(dim)
+    weights = scores.masked_fill(~keys, torch.finfo(scores.dtype).min).softmax(dim)
+    return weights.masked_fill(~keys, 0.0)
 
 
 def segment_means(x: Tensor, count: int) -> Tensor:

@@ -82,6 +82,8 @@ class S4D(PatternAttention):
     def forward(self, x: Tensor, context: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         self.check(x, context, keys)
         length = x.shape[1]
+        if not length:
+            return x
         u = (x if keys is None else x * keys[..., None].to(x.dtype)).transpose(1, 2)  # (B, dim, N)
         kernel = self.kernel(length)
         if self.bidirectional:

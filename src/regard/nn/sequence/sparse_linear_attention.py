@@ -248,12 +248,8 @@ class SparseLinearAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, bias: bool = True, dropout: float = 0.0, **options: Any) -> None:
         super().__init__()
         require_int("dim", dim, 1)
-        require(
-            require_int("num_heads", num_heads, 1) and dim % num_heads == 0,
-            "dim",
-            dim,
-            f"a multiple of num_heads ({num_heads})",
-        )
+        require_int("num_heads", num_heads, 1)
+        require(dim % num_heads == 0, "dim", dim, f"a multiple of num_heads ({num_heads})")
         require_fraction("dropout", dropout)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
         self.core = EstimatedSparseAttention(num_heads, dim // num_heads, **options)

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..plan import FULL, BlockPlan, make_plan
+from ..plan import FULL, BlockPlan, kept_plan
 
 if TYPE_CHECKING:
     from ..attention import AttentionRequest
@@ -125,7 +125,7 @@ def _lists(kv: Tensor, kept: Tensor, num_k_blocks: int) -> tuple[Tensor, Tensor]
 
 
 def _plan(request: AttentionRequest) -> BlockPlan:
-    return make_plan(
+    return kept_plan(
         request.mask,
         request.selection,
         batch=request.q.shape[0],

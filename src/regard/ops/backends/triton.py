@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..plan import BlockPlan, make_plan
+from ..plan import BlockPlan, kept_plan
 
 if TYPE_CHECKING:
     from ..attention import AttentionRequest
@@ -56,7 +56,7 @@ def suits(request: AttentionRequest) -> bool:
 
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
-    plan = make_plan(
+    plan = kept_plan(
         request.mask,
         request.selection,
         batch=request.q.shape[0],

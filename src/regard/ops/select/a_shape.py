@@ -31,6 +31,7 @@ def a_shape_blocks(
     block_k: int = 32,
     pattern: str = "a-shape",
     vertical_share: float = 0.5,
+    band: bool | None = None,
 ) -> Selection:
     """Choose `topk` key blocks for every query block of a prompt.
 
@@ -40,12 +41,15 @@ def a_shape_blocks(
     - "vertical-slash": those that hold the columns and diagonals on which the last query block rests most of its attention (a share
       `vertical_share` of the token budget in columns, the rest in diagonals); the first rows, as many as the budget, and the last query
       block are dense;
-    - "vertical-slash-blocks": the same by block means, without that attention; the whole diagonal band of the query block is kept.
+    - "vertical-slash-blocks": the same by block means, without that attention.
     - "topk": nothing is forced and nothing known of the future is left out: the best blocks by means, as the release's default runs.
       What lies in the future counts among the `topk`, so that early rows may be left with nothing.
 
     Args:
         q: (B, H, N, D). k: (B, Hkv, N, D). topk: key blocks. block_q, block_k: rows and keys of a block.
+        band: keep all blocks of the query block's own rows, not only the most recent: with `block_q` above `block_k` its first rows
+            may otherwise not see their neighbourhood. These count among the `topk`, and more are kept where they are more. None: as
+            released (only in "vertical-slash-blocks").
     Returns:
         `Selection` (B, H, nQ, K); causality inside blocks is the mask to be given beside it.
     """
@@ -69,11 +73,12 @@ def a_shape_blocks(
             if pattern == "topk":
                 best = scores.topk(topk, dim=-1).indices
                 return grid.selection(best)
-            kept = rows.fill(rows.a_shape(prefix=0, last=False), scores)
+            kept = rows.fill(rows.a_shape(prefix=0, last=False, band=bool(band)), scores)
         elif pattern == "vertical-slash":
-            kept = rows.fill(rows.a_shape(prefix=rows.prefix, last=True), _line_scores(q, k, grid, topk, share))
+            shape = rows.a_shape(prefix=rows.prefix, last=True, band=bool(band))
+            kept = rows.fill(shape, _line_scores(q, k, grid, topk, share))
         else:
-            shape = rows.a_shape(prefix=rows.prefix, last=True, band=True)
+            shape = rows.a_shape(prefix=rows.prefix, last=True, band=band is not False)
             kept = rows.fill(shape, _block_line_scores(q, k, rows, topk, share))
     return Selection.from_block_map(kept, block_q=block_q, block_k=block_k, q_len=length, kv_len=length)
 

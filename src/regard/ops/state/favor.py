@@ -64,6 +64,8 @@ def softmax_features(x: Tensor, projection: Tensor, query: bool, eps: float = 1e
     least in float32.
     """
     y, products = _products(x, projection)
+    if not x.shape[2]:
+        return products.to(x.dtype)
     half = y.square().sum(-1, keepdim=True) / 2
     highest = products.detach().amax(-1 if query else (-1, -2), keepdim=True)
     return (((products - half - highest).exp() + eps) * projection.shape[-2] ** -0.5).to(x.dtype)
