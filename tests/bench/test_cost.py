@@ -141,7 +141,7 @@ def test_caches_and_estimates():
     flops = decode_cost(SHAPE, regard.StaircaseQuantCache(), 999).attention_flops
     assert flops == decode_cost(SHAPE, None, 999).attention_flops
     assert keys(regard.BlockTopK(budget=128, decode=False)) == (1000, 1000)
-    blocks = decode_cost(SHAPE, regard.BlockTopK(budget=128, block_size=50), 999)
+    blocks = decode_cost(SHAPE, regard.BlockTopK(budget=128, block_size=50, summary="mean"), 999)
     assert (
         blocks.kv_bytes == 128 * SHAPE.kv_bytes_per_token and blocks.search_bytes == 20 * SHAPE.kv_bytes_per_token / 2
     )
@@ -224,3 +224,29 @@ def test_the_commands(tmp_path):
     assert done.exit_code == 0 and "streaming-llm" in done.output
     assert {row["method"] for row in json.loads(kept.read_text())["rows"]} >= {"dense", "hip", "grouped-topk"}
     assert isinstance(run(app, ["bench", "cost", "--model", "gpt9"]).exception, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [
+        (regard.Dense, 1.001),
+        (lambda: regard.StreamingLLM(window=96), 1.001),
+        (lambda: regard.DuoAttention(budget=0.5, sink=4, recent=60), 1.06),
+        (lambda: regard.MoA(budget=128, new_tokens=8, sink=16, block=16), 1.06),
+        (lambda: regard.MASFormer(full_layers=1, block=64), 1.06),
+        (lambda: regard.GroupedTopK(budget=100, recent=16), 1.06),  # what selection remembers comes on top
+        (lambda: regard.H2O(budget=100), 1.3),  # room for tokens to come before the next eviction
+        (lambda: regard.RecycledAttention(budget=100, stride=4), 1.1),
+    ],
+)
+def test_bytes_held_are_those_of_a_real_cache(make, most):
+    from regard.methods.caches import kv_bytes
+
+    model, method = tiny_llama(), make()
+    shape = ModelShape.from_model(model)
+    ids = torch.randint(1, 128, (1, 600), generator=torch.Generator().manual_seed(0))
+    with regard.attach(model, method):
+        options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+        held = kv_bytes(model.generate(ids, **options, return_dict_in_generate=True).past_key_values)
+    predicted = decode_cost(shape, method, 600, tokens=8, element_bytes=4).held_bytes
+    assert 0.97 * predicted <= held <= most * predicted

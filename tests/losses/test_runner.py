@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -212,3 +217,40 @@ class _Iterable:
 
     def __iter__(self):
         return iter(self.items)
+
+
+SCRIPT = """
+import sys, time
+import torch
+from torch import nn
+from regard.losses import fit
+
+torch.manual_seed(0)
+gate, data = nn.Linear(4, 4), [torch.randn(5, 4) for _ in range(7)]
+
+def loss(x):
+    time.sleep(float(sys.argv[2]))
+    return (gate(x) - x + 0.1 * torch.randn(5, 4)).square().mean()
+
+result = fit(gate, loss, data, steps=40, lr=0.05, out=sys.argv[1], save_every=2, progress=False)
+"""
+
+
+def test_a_killed_process_goes_on(tmp_path, monkeypatch):
+    def here(name):
+        monkeypatch.setattr(sys, "argv", ["script", str(tmp_path / name), "0"])
+        names = {}
+        exec(SCRIPT, names)
+        return names["result"]
+
+    whole = here("whole")
+    dying = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "killed"), "0.2"])
+    state, until = tmp_path / "killed.state", time.monotonic() + 60
+    while not state.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.kill(dying.pid, signal.SIGKILL)
+    dying.wait()
+    again = here("killed")
+    assert 2 <= again.resumed_at < 40 and again.losses == whole.losses and len(whole.losses) == 40
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "killed").read_bytes()

@@ -12,26 +12,28 @@ PROMPT = 24
 STEPS = [PROMPT, *range(PROMPT + 1, 41)]
 
 
-def naive(qkv, kind, total, recent, start=0, row=0, prompt=PROMPT, group="sum"):
+def naive(qkv, kind, total, recent, row=0, cuts=STEPS):
     """A slow eviction, one kv head and one token at a time: positions held after every call, and outputs (H, N, D)."""
     q, k, v = (t[row] for t in qkv)
-    heads, length, dim = q.shape
+    heads, dim = q.shape[0], q.shape[2]
     kv_heads = k.shape[0]
-    out = torch.zeros(heads, length, dim, dtype=q.dtype)
+    out = torch.zeros(heads, cuts[-1], dim, dtype=q.dtype)
     history = []
     size = heads // kv_heads
     for h in range(kv_heads):
         kept: list[int] = []
         score: dict[int, float] = {}
         trail = []
-        for a, b in zip([0, *range(prompt, length)], range(prompt, length + 1)):
-            if a:
-                while len(kept) > total:
-                    old = [j for j in kept if j < a - recent]
-                    kept.remove(min(old, key=lambda j: score[j]))
-            kept += range(max(a, start), b)
+
+        def evict(seen, kept=kept, score=score):
+            while len(kept) > total:
+                kept.remove(min((j for j in kept if j < seen - recent), key=lambda j: score[j]))
+
+        for a, b in zip([0, *cuts[:-1]], cuts):
+            evict(a)
+            kept += range(a, b)
             given = {j: [] for j in kept}
-            for i in range(max(a, start), b):
+            for i in range(a, b):
                 sees = [j for j in kept if j <= i]
                 for g in range(size):
                     weight = torch.softmax(k[h, sees] @ q[h * size + g, i] * dim**-0.5, 0)
@@ -43,10 +45,8 @@ def naive(qkv, kind, total, recent, start=0, row=0, prompt=PROMPT, group="sum"):
                     score[j] = score.get(j, 0.0) + sum(w for _, w in given[j])
                 else:
                     score[j] = sum(w for i, w in given[j] if i == b - 1)
-            if a == 0 and len(kept) > total:
-                keep = set(kept[-recent:]) if recent else set()
-                rest = sorted((j for j in kept if j not in keep), key=lambda j: -score[j])
-                kept = sorted(keep | set(rest[: total - len(keep)]))
+            if a == 0 or b - a > 64:
+                evict(b)
             trail.append(sorted(kept))
         history.append(trail)
     return out, history
@@ -71,6 +71,34 @@ def test_decoding_is_the_slow_definition(kind):
             torch.testing.assert_close(out[row, :, 0], outs[:, at], rtol=1e-9, atol=1e-11)
             for h in range(2):
                 assert held(layer)[row, h] == history[h][at - PROMPT + 1]
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_long_chunks_are_evicted_from_at_once_and_short_ones_later(kind):
+    method, total, recent = POLICIES[kind]
+    cuts = [70, 80, 81, 150, 151, 152, 220]
+    qkv = sequence(batch=1, length=220)
+    layer = method.make_layer(None)
+    want, history = naive(qkv, kind, total, recent, cuts=cuts)
+    for number, (a, b) in enumerate(zip([0, *cuts[:-1]], cuts)):
+        out = feed(layer, qkv, a, b)
+        torch.testing.assert_close(out[0], want[:, a:b], rtol=1e-8, atol=1e-10)
+        assert [held(layer)[0, h] for h in range(2)] == [history[h][number] for h in range(2)]
+    assert all(len(positions) == total for positions in held(layer).values())
+
+
+def test_rows_that_reach_the_budget_come_together():
+    qkv = sequence(batch=3, length=120)
+    starts = [0, 30, 60]
+    layer = regard.H2O(budget=90).make_layer(None)
+    outs = [feed(layer, qkv, 0, 70, starts)]
+    assert len(layer.store.parts) == 3
+    outs += [feed(layer, qkv, at, at + 1, starts) for at in range(70, 120)]
+    assert len(layer.store.parts) == 2  # the first two rows are full, the third has 60 tokens
+    for row, start in enumerate(starts):
+        alone = regard.H2O(budget=90).make_layer(None)
+        want = run(alone, [t[row : row + 1, :, start:] for t in qkv], [70 - start, *range(71 - start, 121 - start)])
+        torch.testing.assert_close(torch.cat(outs, 2)[row : row + 1, :, start:], want, rtol=1e-9, atol=1e-11)
 
 
 def test_rows_of_very_different_lengths_are_as_if_alone():
@@ -174,6 +202,17 @@ def test_assisted_generation_is_greedy_generation():
         want = model.generate(ids, max_new_tokens=12, do_sample=False)
         got = model.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=assistant)
     assert torch.equal(got, want)
+    small = (
+        regard.H2O(budget=20),
+        regard.SnapKV(budget=20, window=4),
+        regard.LookM(20, text_prior=False),
+        regard.RecycledAttention(8, 5, trigger="similarity"),
+        regard.StaircaseQuantCache(((8, 16), (None, 4)), group=4),
+    )
+    for method in small:  # what was evicted by tokens that stayed is gone, what candidates would have evicted is not
+        with regard.attach(model, method):
+            for way in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
+                assert model.generate(ids, max_new_tokens=12, do_sample=False, **way).shape == (1, 52)
 
 
 @pytest.mark.parametrize("starts", [None, [0, 13]])

@@ -87,6 +87,23 @@ def test_summaries_follow_the_growing_row():
         assert torch.equal(generated(model, ids, cache_implementation="static", tokens=14), told)
 
 
+def test_tokens_taken_back():
+    """A cache that is cropped by one token and given another one: the last block is summarised anew, finished block or not."""
+    model = tiny_llama()
+    for length in (88, 89, 91):
+        ids = prompt(length)
+        results = []
+        for detour in (False, True):
+            with regard.attach(model, GroupedTopK(**SMALL)), torch.no_grad():
+                cache = model(ids[:, :-3], use_cache=True).past_key_values
+                steps = [ids[:, -3:-2], ids[:, -2:-1], ids[:, -1:]]
+                if detour:
+                    model(steps[0] * 0 + 7, past_key_values=cache)
+                    cache.crop(-1)
+                results.append([model(step, past_key_values=cache).logits for step in steps][-1])
+        assert torch.equal(*results)
+
+
 def test_a_fraction_and_short_contexts():
     model = tiny_llama()
     for length in (1, 2, 9, 30):

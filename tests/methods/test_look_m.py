@@ -157,15 +157,17 @@ def test_text_models_need_the_twin_without_the_prior():
     assert lengths == [{63}, {23}]
 
 
-def test_a_compressed_prompt_cannot_be_cropped_but_what_follows_can():
-    qkv = sequence()
-    layer = regard.LookM(budget=10, text_prior=False).make_layer(None)
-    feed(layer, qkv, 0, 20)
-    first = feed(layer, qkv, 20, 25)
+def test_of_a_compressed_prompt_the_last_tokens_can_be_cropped():
+    qkv = sequence(length=110)
+    layer = regard.LookM(budget=40, text_prior=False).make_layer(None)
+    feed(layer, qkv, 0, 100)
+    first = feed(layer, qkv, 100, 105)
     layer.crop(-5)
-    torch.testing.assert_close(feed(layer, qkv, 20, 25), first)
-    with pytest.raises(ValueError, match="crop: got -7, need at most 5"):
-        layer.crop(-7)
+    torch.testing.assert_close(feed(layer, qkv, 100, 105), first)
+    layer.crop(-15)
+    assert all(max(positions) == 89 for positions in held(layer).values())
+    with pytest.raises(ValueError, match="crop: got -60, need at most 54 tokens"):
+        layer.crop(-60)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_low_rank_changes_norms_and_embeddings_are_enough_to_train(training):
             training(ids, labels=ids).loss.backward()
             assert all(bool(parameter.grad.isfinite().all()) for parameter in trained)
             optimizer.step()
-    assert training.eval()(ids, labels=ids).loss.item() < 0.8 * before
+    assert training.eval()(ids, labels=ids).loss.item() < before - 0.5
 
 
 def test_released_needs_whole_groups_and_no_padding(training):

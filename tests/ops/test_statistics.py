@@ -62,7 +62,7 @@ def test_part_of_the_keys_with_the_lse_of_all():
     torch.testing.assert_close(got, full.sum(2)[..., 5:20], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("backend", ["eager", "cpu", "sdpa"])
 def test_the_lse_of_a_forward_pass_serves(backend):
     q, k = inputs(dtype=torch.float32)
     _, lse = attention(q, k, k, mask=masks.causal, return_lse=True, backend=backend)

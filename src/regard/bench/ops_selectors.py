@@ -7,6 +7,7 @@ here it is what the choice and the attention over it cost on random data, which 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from ..ops import attention_backend
 from ..ops.masks import causal
 from ..ops.plan import make_plan
-from ..ops.select import BlockGrid, block_topk, even_boundaries, select_blocks, share_scores
+from ..ops.select import BlockGrid, even_boundaries, select_blocks, share_scores
+from ..ops.select.block_topk import block_topk
 from ..ops.select.choice import Choice
 from ..ops.select.chunk_attention import chunk_choice
 from ..ops.select.hierarchical_attention import hierarchical_choice
@@ -37,8 +39,8 @@ def measure(setting: Setting, say: Callable[[str], None]) -> list[Row]:
     with torch.no_grad():
         runs: dict[Any, Callable[[], Any]] = {(BASE, "whole"): lambda: _dense(q, k, v)}
         for name, (choose, _) in ways.items():
-            runs[name, "whole"] = lambda choose=choose: choose(q, k).attention(q, k, v)
-            runs[name, "choice"] = lambda choose=choose: choose(q, k)
+            runs[name, "whole"] = partial(_chosen, choose, q, k, v)
+            runs[name, "choice"] = partial(choose, q, k)
         times = interleaved(runs, setting.rounds, device=setting.device, calls=3, progress=say)
         base = times[BASE, "whole"]
         rows = [Row(BASE, "forward", Ratio.of(base, [1.0] * len(base)).median)]
@@ -67,13 +69,17 @@ def _inputs(setting: Setting) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(setting.device, setting.dtype) for shape in shapes]
 
 
+def _chosen(choose: Callable[[Tensor, Tensor], Choice], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return choose(q, k).attention(q, k, v)
+
+
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def _ways(setting: Setting) -> dict[str, tuple[Callable[[Tensor, Tensor], Choice], float]]:
     """Name -> (how it chooses, how many times faster than dense it is to be)."""
-    from ..nn import AttentionGate
+    from ..nn.sequence.attention_gate import AttentionGate
 
     length = setting.seq_len * (1 if setting.device.startswith("cuda") else 2)
     block = setting.block
@@ -86,7 +92,7 @@ def _ways(setting: Setting) -> dict[str, tuple[Callable[[Tensor, Tensor], Choice
             block_topk(q, k, block_q=q_block, block_k=block, summary=summary, budget=tenth, sink=block, recent=1)
         )
 
-    gates: dict[tuple[int, int], Any] = {}
+    gates: dict[tuple[int, int], AttentionGate] = {}
 
     def gate(q: Tensor, k: Tensor) -> Choice:
         heads = q.shape[1], k.shape[1]

@@ -159,7 +159,7 @@ ROSTER: dict[str, tuple[str, Callable[[int | float, int], dict[str, Any]], str]]
     "pr-flash-attention": ("PrFlashAttention", _pr_flash, "blocks by chance, the nearer the likelier"),
     "block-dhsa": ("BlockDHSA", _block_dhsa, "first block, diagonal and the best blocks between, in prefill"),
     "dhsa": ("DHSA", _budget, "keys by chunk scores, per query block, in prefill"),
-    "block-topk": ("BlockTopK", _blocks, "blocks of keys by their mean, per block of queries and kv head"),
+    "block-topk": ("BlockTopK", _blocks, "blocks of keys by bounds on their scores, per block of queries and kv head"),
     "retrieval-attention": (
         "RetrievalAttention",
         _retrieval,

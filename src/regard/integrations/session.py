@@ -46,7 +46,7 @@ class Session:
 
     def _known_positions(self) -> int | None:
         """How many positions the model was made for; None where that is not said, or does not matter to what is attached."""
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         if any(method.bounds_positions for method in self.methods) or not hasattr(config, "get_text_config"):
             return None
         return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

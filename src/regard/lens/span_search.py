@@ -104,7 +104,8 @@ def span_plans(
         extend: lengths beyond the profiled ones at which the density has to hold too (the paper: 16384).
         num_kv_heads: one rule a kv head, for models with grouped queries; None: one a query head.
         max_rules: different rules in a layer, at most. block: tokens a block. alpha_interval, num_betas: see `span_candidates`.
-        points: with several lengths, each other length's loss is held to one of `points - 1` ranges in turn.
+        points: with several lengths, each other length's loss is held to one of `points - 1` ranges in turn: with three lengths and
+            the default, as the authors have it, that is 48 programs to solve.
         solver: "milp" (scipy's HiGHS), "lagrange" (no dependency; near the optimum), "auto": milp where scipy is installed.
         time_limit: seconds for one solution by "milp"; the best found by then counts.
 

@@ -167,13 +167,13 @@ def _best_by_layer(priced: Tensor, max_rules: int) -> Tensor:
     return priced.masked_fill(~kept[:, None], float("inf")).argmin(-1)
 
 
-_MOST_OPTIONS, _MOST_ENUMERATED = 256, 4096
+_MOST_OPTIONS = 256
 
 
 def _layer_options(problem: Problem, layer: int, choices: list[Tensor]) -> Tensor:
     """Different choices for one layer, (K, heads); all there are where they are few."""
     heads, rules = problem.losses.shape[2:]
-    if rules**heads <= _MOST_ENUMERATED:
+    if rules**heads <= _MOST_OPTIONS:
         every = torch.cartesian_prod(*[torch.arange(rules)] * heads).view(-1, heads)
         ordered = every.sort(1).values
         return every[1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1) <= problem.max_rules]

@@ -123,7 +123,7 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.state_path, framework="pt") as file:
+            with safe_open(str(self.state_path), framework="pt") as file:
                 kept = json.loads((file.metadata() or {})["regard"])
                 return kept, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError) as error:

@@ -68,6 +68,9 @@ def fit(
     accumulate: int = 1,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     after_step: Callable[[], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+    started: Callable[[int], None] | None = None,
+    writes: bool = True,
     frozen: nn.Module | Sequence[nn.Module] = (),
     out: str | Path | None = None,
     save_every: int = 100,
@@ -92,7 +95,9 @@ def fit(
         weight_decay: of AdamW. clip: the gradient's largest norm; None: no clipping.
         accumulate: batches a step; their gradients are averaged.
         optimizer: parameters -> optimizer, in place of AdamW(lr, betas (0.9, 0.95), weight_decay); the schedule scales its rates.
-        after_step: called after every optimizer step (to clamp gates, say).
+        after_step: called after every optimizer step (to clamp gates, say). on_step: told each step's number and mean loss after that.
+        started: told once, before the first step, how many steps an earlier run had done.
+        writes: False: read `<out>.state` but write nothing; for all but the first process of a distributed training.
         frozen: modules that must not change: they are put in eval mode without gradients while this runs, put back afterwards,
             and every parameter and buffer must be bit-identical at the end. What `modules` holds is left out.
         out: file for the weights (safetensors). Beside it `<out>.state` holds all that is needed to go on. None: nothing is kept.
@@ -130,7 +135,9 @@ def fit(
         "steps": steps, "lr": lr, "schedule": schedule if isinstance(schedule, str) else "own", "warmup": warmup,
         "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed, "optimizer": type(optim).__name__,
     }  # fmt: skip
-    checkpoint = None if out is None else Checkpoint(require_writable(out), trained, optim, made_by)
+    checkpoint = (
+        None if out is None else Checkpoint(require_writable(out) if writes else Path(out), trained, optim, made_by)
+    )
     result = Fitted(modules, 0, path=None if out is None else Path(out))
     bases = [frozen] if isinstance(frozen, nn.Module) else list(frozen)
     began = time.perf_counter()
@@ -141,6 +148,8 @@ def fit(
         if checkpoint is not None and resume:
             result.steps, result.losses = checkpoint.load()
             result.resumed_at = result.steps
+        if started is not None:
+            started(result.steps)
         batch_of = stream.start(result.steps * accumulate)
         bar = stack.enter_context(_bar(progress, label, steps, result.steps))
         for step in range(result.steps, steps):
@@ -153,10 +162,12 @@ def fit(
             result.steps = step + 1
             result.losses.append(loss)
             bar(loss)
-            if checkpoint is not None and result.steps % save_every == 0 and result.steps < steps:
+            if on_step is not None:
+                on_step(step, loss)
+            if checkpoint is not None and writes and result.steps % save_every == 0 and result.steps < steps:
                 checkpoint.save(result.steps, result.losses)
         optim.zero_grad(set_to_none=True)
-        if checkpoint is not None:
+        if checkpoint is not None and writes:
             if result.resumed_at < steps:
                 checkpoint.save(steps, result.losses)
             checkpoint.save_weights(steps, metadata)

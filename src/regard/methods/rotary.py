@@ -86,6 +86,10 @@ def query_positions(call: AttentionCall) -> Tensor:
     known = call.session.last.get(_NAME) if call.session is not None else None
     if known is None:
         known = torch.arange(call.q_len, device=call.q.device)[None] + call.position
+    if known.dim() != 2:
+        raise UnsupportedModelError(
+            f"model: {type(call.module).__name__} turns its queries by positions of shape {tuple(known.shape)}, need one for each token"
+        )
     return known.expand(call.batch, -1)
 
 

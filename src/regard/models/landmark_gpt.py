@@ -1,10 +1,13 @@
 """The authors' GPT with landmark attention: trained on short texts, it reads long ones by retrieving blocks.
 
 Mohtashami and Jaggi 2023 (NeurIPS), arXiv 2305.16300. Numbers from epfml/landmark-attention (Apache-2.0),
-`lm_benchmark/models/landmark.py`. Their state dicts load; parameter names are GPT-2's, as theirs. Not here: `enable_rem_score`, the `nomem` and `ignore_mem` softmaxes.
+`lm_benchmark/models/landmark.py`. Their state dicts load; parameter names are GPT-2's, as theirs. Not here: `enable_rem_score`, the
+`nomem` and `ignore_mem` softmaxes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +112,8 @@ class LandmarkGPT(nn.Module):
         if positions is None and cache is None and self.training and self.position_jump:
             positions = self._jumping(is_landmark)
         x = self.transformer["drop"](self.transformer["wte"](ids))
-        for number, block in enumerate(self.transformer["h"]):
+        blocks: Any = self.transformer["h"]
+        for number, block in enumerate(blocks):
             x = block(x, is_landmark, positions, None if cache is None else cache.layer(number))
         x = self.transformer["ln_f"](x)
         if cache is not None:

@@ -2,7 +2,9 @@
 
 import torch
 
+from regard.methods import AttentionCall, SnapKV
 from regard.methods.caches import look_m_compress
+from regard.ops import masks, window_scores
 
 
 def compressed(k, v, attn, ratios, image=None, merge="pivot"):
@@ -55,3 +57,19 @@ def every(case):
                     sums = a[None], b[None]
                 outputs[f"{tag}_{prefix}{merge}_k"], outputs[f"{tag}_{prefix}{merge}_v"] = sums
     return outputs
+
+
+def pooling(case):
+    """The release's SnapKV: mean pooling through `window_scores`, max pooling through the method as well."""
+    q, k, v = (case.inputs[name] for name in "qkv")
+    kwargs, length = case.meta["official_kwargs"], k.shape[2]
+    heavy, recent = (int(length * kwargs[name]) for name in ("hh_ratio", "recent_ratio"))
+    scores = window_scores(q, k, recent, pool="avg", kernel=kwargs["kernel_size"], mask=masks.causal)[0]
+    chosen = scores[:, : length - recent].topk(heavy).indices
+    window = torch.arange(length - recent, length).expand(chosen.shape[0], -1)
+    method = SnapKV(heavy + recent, window=recent, kernel=kwargs["kernel_size"])
+    layer = method.make_layer(None)
+    layer.update(k, v)
+    AttentionCall(module=None, layer=0, q=q, k=k, v=v, causal=True, cache=layer).run([method])
+    held = layer.store.parts[0]["position"].long().sort(-1).values
+    return {"avgpool": torch.cat([chosen, window], 1).sort(-1).values, "maxpool": held}

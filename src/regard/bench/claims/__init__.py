@@ -13,6 +13,7 @@ from .claim import Claim
 
 MODULES = {
     "004": "c004_moh",
+    "005": "c005_landmark",
     "010": "c010_routing",
     "011": "c011_hip",
     "016": "c016_retrieval_heads",

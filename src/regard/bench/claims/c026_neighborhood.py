@@ -38,7 +38,7 @@ def measure(scale: Scale) -> Outcome:
     things = {(name, "forward"): partial(way, q, k, v) for name, way in ways.items()}
     things |= {(name, "forward and backward"): partial(_both, ways[name], q, k, v) for name in (MASKED, TILED)}
     labels = {f"{name}, {what}": thing for (name, what), thing in things.items()}
-    found = times(labels, rounds=scale.pick(3, 2), inner=scale.pick(2, 1))
+    found = times(labels, rounds=scale.pick(4, 2), inner=1)
     for name, what in things:
         out.add(name, f"time, {what}", "s", found[f"{name}, {what}"], against=None if name == MASKED else MASKED)
     for what, least in (("forward", 5.0), ("forward and backward", 3.0)):

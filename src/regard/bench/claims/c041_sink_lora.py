@@ -30,7 +30,7 @@ LOSS = "loss with full attention"
 
 
 def measure(scale: Scale) -> Outcome:
-    context, steps = scale.pick((256, 220), (64, 3))
+    context, steps = scale.pick((256, 160), (64, 3))
     length, prompt = scale.pick((8192, 700), (512, 120))
     out = Outcome(
         f"a small byte model trained for {steps} steps of {context} tokens; {length} tokens (time); {prompt} tokens of SmolLM2 (cache)",
@@ -110,7 +110,7 @@ def _cache(out: Outcome, scale: Scale, prompt: int) -> None:
         "H2O, a fifth of the cache": H2O(budget=budget),
         "window, a fifth of the cache": StreamingLLM(sink=0, window=budget, positions="kept"),
     }
-    windows = token_windows(tokenizer, prompt + more, scale.pick(3, 1))
+    windows = token_windows(tokenizer, prompt + more, scale.pick(2, 1))
     for label, method in ways.items():
         found = []
         for ids in windows:

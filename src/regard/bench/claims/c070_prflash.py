@@ -29,7 +29,7 @@ KL, KL_DECODED = "KL from dense, second half", "KL from dense, decoded tokens"
 
 
 def measure(scale: Scale) -> Outcome:
-    context = scale.pick(768, 192)
+    context = scale.pick(512, 192)
     out = Outcome(f"{context} tokens of English prose, no training", "a text")
     _density(out, scale)
     model, tokenizer = scale.language_model()
@@ -89,7 +89,7 @@ def _window(pairs: float, context: int) -> int:
 
 def _stairs(out: Outcome, model: Any, texts: Sequence[list[int]], scale: Scale) -> None:
     """Both caches hold four bits a number on average; tokens after the prompt are decoded one by one."""
-    context, decoded, group = len(texts[0]), scale.pick(32, 4), scale.pick(32, 16)
+    context, decoded, group = len(texts[0]), scale.pick(16, 4), scale.pick(32, 16)
     prompt = context - decoded
     # x tokens at 8 bits, y at 4 and x at 2 would be 4 bits and more: 8 a + 4 b + 2 c = 4 (a + b + c), so c = 2 a
     few = prompt // 6 // group * group

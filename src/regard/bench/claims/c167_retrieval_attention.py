@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,14 +137,14 @@ def _decoding(out: Outcome, context: int, scale: Scale) -> None:
         (f"{GRAPH}, 1.5 % read", {"index": "graph", "index_options": {"reads": 0.015}}),
         (CELLS, {"index": "ivf"}),
     ]
-    work = {"dense": lambda: attention(query, keys, values)}
+    work: dict[str, Any] = {"dense": lambda: attention(query, keys, values)}
     for label, options in every:
         method = RetrievalAttention(
             sink=scale.pick(128, 16), recent=scale.pick(512, 64), top_k=scale.pick(100, 10), **options
         )
         layer = RetrievalLayer(method)
         _fill(method, layer, keys, values, asked)
-        work[label] = lambda layer=layer: layer._attend_few(*_step(layer, query, keys, values))
+        work[label] = partial(_decode, layer, query, keys, values)
     for label, seconds in times(work, rounds=scale.pick(5, 2), inner=3).items():
         out.add(label, "attention of a decoded token", "s", seconds, against=None if label == "dense" else "dense")
     row = out.row(GRAPH, "attention of a decoded token")
@@ -159,6 +160,10 @@ def _fill(method: RetrievalAttention, layer: RetrievalLayer, keys: Tensor, value
     layer.near.append(keys, values)
     layer._remember(asked)
     layer._send_away(layer.near.length - method.recent)
+
+
+def _decode(layer: RetrievalLayer, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return layer._attend_few(*_step(layer, query, keys, values))
 
 
 def _step(layer: RetrievalLayer, query: Tensor, keys: Tensor, values: Tensor) -> tuple[AttentionCall, Tensor, Tensor]:

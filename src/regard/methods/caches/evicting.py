@@ -1,7 +1,9 @@
 """`EvictingLayer`: the cache layer under eviction by score (`policy.py`), over paged storage.
 
 Chunks of a prompt and candidates of assisted decoding are attended exactly, as two parts merged by their log-sum-exps. What a call of
-a few tokens would evict, and what its queries add to the scores, waits until the next call, so that a crop takes all of it back.
+a few tokens would evict, and what its queries add to the scores, waits until the next call, so that a crop takes all of it back. After
+a longer call memory comes first: it evicts at once, and of a crop of its last tokens (assisted decoding reads the prompt together with
+the first candidates) only the votes of those remain.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ class EvictingLayer(AttendingLayer):
         rows = {"k": keys, "v": values, "position": position, "score": score}
         if bool(over.any()):
             index = self._best(score, position, self.limits, count, self.starts())
-            self.evicted_at = self.seen
+            self.evicted_after(length)
         else:
             index = self.starts().to(keys.device)[:, None, None] + torch.arange(int(count.max()), device=keys.device)
             index = index.expand(-1, kv_heads, -1).clamp(max=length - 1)
@@ -157,6 +159,7 @@ class EvictingLayer(AttendingLayer):
             self._count_late()
             self.limits = self.policy.limits(self.seen - self.starts())
             self.make_room(self.seen)
+            self.evicted_after(new)
         return out
 
     def _rows(self, keys: Tensor, values: Tensor, before: int) -> dict[str, Tensor]:
@@ -196,6 +199,11 @@ class EvictingLayer(AttendingLayer):
                 "lse": tops,
             }
             self._rescore(part, q.shape[2], partial(_rows_summed, rows, keys, options))
+
+    def evicted_after(self, tokens: int) -> None:
+        """Note that something was evicted at the end of a call of so many tokens. The last of them may have been candidates, and can
+        still be taken back: what left stays away, and their votes have counted among those of all the others."""
+        self.evicted_at = self.seen - min(tokens, _CANDIDATES)
 
     def make_room(self, before: int, replace: bool = False) -> list[tuple[Tensor, Tensor] | None]:
         """Bring every sequence down to its limit. With `replace`, one too many is only named: a slot for the new token."""

@@ -98,7 +98,10 @@ class LongHeadsLayer(AttendingLayer):
     def clear(self) -> None:
         self.lengths: list[int] = []
         self.chunks: list[int] = []
-        self.k = self.v = self.features = self.asked = None
+        self.k: Any = None
+        self.v: Any = None
+        self.features: Any = None
+        self.asked: Any = None
 
     def map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
         rows = fn(torch.arange(len(self.lengths))).tolist()
@@ -198,8 +201,8 @@ class LongHeadsLayer(AttendingLayer):
         if fresh:  # what is before `start` is attended as it came
             usual = min(keys.shape[2], max(self._begins(row) + s for row, s in enumerate(skip)))
             mask = masks.causal if call.mask is None else call.mask[..., :usual, :usual]
-            cut = [x[:, :, :usual] for x in (call.q, keys, values)]
-            out[:, :, :usual] = attention_over(call, *cut, mask)
+            q_cut, k_cut, v_cut = (x[:, :, :usual] for x in (call.q, keys, values))
+            out[:, :, :usual] = attention_over(call, q_cut, k_cut, v_cut, mask)
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
         score_mod = None if call.soft_cap is None else ops.scores.soft_cap(call.soft_cap)
         for row, length in enumerate(self.lengths):

@@ -178,7 +178,7 @@ class LookMLayer(EvictingLayer):
             one = (keys[row, :, start:], values[row, :, start:], scores[row, :, start:])
             k, v, kept = look_m_compress(*one, heavy=heavy, recent=recent, image=span, **options)
             found.append((k, v, kept + start))
-            self.evicted_at = self.seen
+            self.evicted_after(keys.shape[2])
         self._store(found)
 
     def _store(self, found: list[tuple[Tensor, Tensor, Tensor]]) -> None:

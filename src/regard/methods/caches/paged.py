@@ -10,6 +10,7 @@ Order inside a sequence means nothing to a softmax; every entry carries its posi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Pages:
 
     Attributes:
         members: which sequences (row * kv heads + head), ascending, int64 (G,) on the CPU. length: entries of each, likewise.
-        data: name -> (G, capacity, ...). longest: the greatest length. even: whether all lengths are equal.
+        data: name -> (G, capacity, ...). longest, shortest: of the lengths. even: whether all are equal.
     """
 
     def __init__(self, members: Tensor, length: Tensor, data: Rows) -> None:
@@ -45,8 +46,8 @@ class Pages:
 
     def set_length(self, length: Tensor) -> None:
         self.length = length
-        self.longest = int(length.max()) if length.numel() else 0
-        self.even = bool((length == self.longest).all())
+        self.longest, self.shortest = (int(length.max()), int(length.min())) if length.numel() else (0, 0)
+        self.even = self.longest == self.shortest
 
     def __getitem__(self, name: str) -> Tensor:
         """(G, longest, ...): a view of what is stored, the unused end of shorter sequences included."""
@@ -72,9 +73,7 @@ class Pages:
             return
         wanted = capacity(tokens)
         for name, old in self.data.items():
-            new = old.new_zeros((old.shape[0], wanted, *old.shape[2:]))
-            new[:, : self.longest] = old[:, : self.longest]
-            self.data[name] = new
+            self.data[name] = _sized(old, wanted)
 
 
 class PagedStore:
@@ -125,6 +124,27 @@ class PagedStore:
                 part.set_length(part.length + count)
             else:
                 self._write_some(part, new, count, torch.zeros_like(part.length))
+        if len(self.parts) > 1:
+            self._join()
+
+    def _join(self) -> None:
+        """Rectangles whose lengths have come near each other (rows that reach the same budget one after another) become one."""
+        order = sorted(range(len(self.parts)), key=lambda i: -self.parts[i].longest)
+        for first, second in pairwise(order):
+            one, other = self.parts[first], self.parts[second]
+            if one.longest - min(one.shortest, other.shortest) > _near(one.longest):
+                continue
+            members = torch.cat([one.members, other.members])
+            place = members.argsort()
+            length = torch.cat([one.length, other.length])[place]
+            size = capacity(one.longest)
+            data = {}
+            for name in one.data:
+                tensors = (_sized(part.data[name], size) for part in (one, other))
+                data[name] = torch.cat(list(tensors)).index_select(0, place.to(one.data[name].device))
+            self.parts = [part for part in self.parts if part is not one and part is not other]
+            self.parts.append(Pages(members[place], length, data))
+            return  # one pair a step: the next one comes with the next token
 
     def _write(self, part: Pages, new: Rows, slot: Tensor, over: Tensor) -> None:
         """One entry a sequence, over the slot or at the end."""
@@ -299,6 +319,19 @@ class PagedStore:
         return old
 
 
+def _near(longest: int) -> int:
+    """By how many entries a sequence may be shorter than the longest one of its rectangle."""
+    return max(PAGE // 2, longest // 64)
+
+
+def _sized(tensor: Tensor, size: int) -> Tensor:
+    """(G, size, ...) out of (G, n, ...)."""
+    new = tensor.new_zeros((tensor.shape[0], size, *tensor.shape[2:]))
+    kept = min(size, tensor.shape[1])
+    new[:, :kept] = tensor[:, :kept]
+    return new
+
+
 def _packed(members: Tensor, count: Tensor, index: Tensor, flat: Rows) -> list[Pages]:
     """Rectangles for sequences that take the first `count` of `index` (G, K) from `flat` (G, n, ...); near lengths share one."""
     parts: list[Pages] = []
@@ -306,8 +339,7 @@ def _packed(members: Tensor, count: Tensor, index: Tensor, flat: Rows) -> list[P
     counts = count.tolist()
     while left:
         longest = counts[left[0]]
-        near = longest - max(PAGE // 2, longest // 64)
-        together = [at for at in left if counts[at] >= near]
+        together = [at for at in left if counts[at] >= longest - _near(longest)]
         left = left[len(together) :]
         at = torch.tensor(sorted(together))
         whole = len(together) == len(counts)

@@ -34,11 +34,12 @@ class BlockTopK(ChoosingMethod):
             and recent keys are within it (where they do not fit, as with a small fraction of a short context, they are read anyway).
         block_size: keys a block. block_q: queries of a prompt that choose together; larger is faster on a CPU and chooses less well.
             A token that is generated chooses for itself.
-        summary: what stands for a block: "mean", "minmax" (Quest's bound), "maxminmean", "centroid", "max", "min"; see
-            `regard.ops.select.block_summaries`.
+        summary: what stands for a block: "minmax" (Quest's bound), "mean", "maxminmean", "centroid", "max", "min"; see
+            `regard.ops.select.block_summaries`. Extremes are found in keys as they were turned by their positions.
         share: whether the query heads of a kv head choose together, by the "mean" or "max" of their scores, or each for itself
             ("none": as Quest; slower, since every head gathers its own keys).
-        rows: "mean": the mean query of a block is scored; "max": every query is, and the block has its best (more work).
+        rows: "max": every query of a block is scored, and the block has its best; "mean": the mean query is, which is cheaper and loses
+            single queries that want something else than their neighbours.
         sink: keys at the start that are always read. recent: keys up to each query, itself included, that are always read (>= 1).
         prefill, decode: where it acts. dense_layers: the first this many layers stay dense (Quest: 2), or layer numbers (negative
             from the end). Layers whose own sliding window already hides a part of the context are left alone.
@@ -50,9 +51,9 @@ class BlockTopK(ChoosingMethod):
     budget: int | float = 1024
     block_size: int = 64
     block_q: int = 64
-    summary: str = "mean"
+    summary: str = "minmax"
     share: str = "mean"
-    rows: str = "mean"
+    rows: str = "max"
     sink: int = 4
     recent: int = 64
     prefill: bool = True

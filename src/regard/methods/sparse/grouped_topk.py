@@ -97,28 +97,7 @@ class GroupedTopK(ChoosingMethod):
 
     def _summaries(self, stretch: Stretch) -> Tensor:
         """Mean keys of the blocks after the sinks, (B, Hkv, blocks, D): those of finished blocks are made once."""
-        keys, size = stretch.k[:, :, self.sink :], self.block_size
         held: BlockSummaries | None = stretch.memory.get("summaries")
-        if held is not None and (held.length > keys.shape[2] or not self._same_rows(keys, stretch)):
-            held = None
-        held = BlockSummaries(block=size) if held is None else held
-        stretch.memory["summaries"] = held.update(keys)
-        if keys.shape[0] > 1:
-            stretch.memory["marks"] = _marks(keys, size).clone()
-        return held.values
-
-    def _same_rows(self, keys: Tensor, stretch: Stretch) -> bool:
-        """Whether these are the keys that were summarised, continued: in beam search rows change places. Their marks tell."""
-        if keys.shape[0] == 1:
-            return True
-        before: Tensor | None = stretch.memory.get("marks")
-        if before is None or before.shape[0] != keys.shape[0]:
-            return False
-        length = stretch.memory["summaries"].length
-        return torch.equal(_marks(keys[:, :, :length], self.block_size), before)
-
-
-def _marks(keys: Tensor, block: int) -> Tensor:
-    """The last key of each finished block, and all of the unfinished one."""
-    whole = keys.shape[2] // block * block
-    return torch.cat((keys[:, :, block - 1 : whole : block], keys[:, :, whole:]), dim=2)
+        if held is None:
+            held = stretch.memory["summaries"] = BlockSummaries(block=self.block_size)
+        return held.update(stretch.k[:, :, self.sink :]).values

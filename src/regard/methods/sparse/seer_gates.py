@@ -127,7 +127,7 @@ def _read(source: Any) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
         return torch.load(path, map_location="cpu", weights_only=True), None
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with safe_open(str(path), framework="pt") as file:
         made = (file.metadata() or {}).get("seer_gates")
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(made) if made else None  # noqa: SIM118
 

@@ -6,15 +6,19 @@ Mohtashami and Jaggi 2023 (NeurIPS), arXiv 2305.16300. Numbers from epfml/landma
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ..._checks import require, require_fraction, require_int, require_name, require_tensor
 from ...ops.landmark import insert_landmarks, landmark_attention, landmark_weights
+from ...ops.reference import accumulation_dtype, attention_scores, weighted_values
 from .rotary import rotary_table, rotate
 
 __all__ = ["LandmarkAttention", "LandmarkCache"]
 
+Rotate = Callable[[Tensor, Tensor], Tensor]
 _SELECT = ("token_head", "heads", "tokens")
 
 
@@ -121,17 +125,36 @@ class LandmarkCache:
         self.seen += with_landmarks.shape[1]
         return with_landmarks
 
+    def advance(self, count: int) -> None:
+        """A new piece of `count` tokens that has its landmarks already, at the places where `begin` would put them."""
+        length = self.block + 1
+        self.start = min(self.seen // length, self.topk + 1) * length + self.seen % length
+        self.seen += count
+        self.filled = self.seen % length
+
+    def take_back(self, count: int) -> None:
+        """The last `count` tokens of the text, landmarks included, were never there. (Each layer's memory drops them by itself.)"""
+        self.seen -= count
+        self.filled = self.seen % (self.block + 1)
+
     def layer(self, number: int) -> LayerMemory:
         """The memory of one layer."""
         return self._layers.setdefault(number, LayerMemory(self))
 
 
 class LayerMemory:
-    """The memory of one layer: blocks (B, H, blocks, block + 1, D) and the block that is begun, keys before rotary embedding."""
+    """The memory of one layer: blocks (B, Hkv, blocks, block + 1, D) and the block that is begun, keys before rotary embedding.
 
-    def __init__(self, cache: LandmarkCache) -> None:
-        self.cache = cache
-        self.keys = self.values = self.landmarks = None
+    Args:
+        cache: whose layer it is. rotate: the rotary embedding, `rotate(x (B, H, n, D), positions (B, n))`; None: that of
+            `LandmarkAttention`. scale: of the scores; None: D ** -0.5.
+    """
+
+    def __init__(self, cache: LandmarkCache, rotate: Rotate | None = None, scale: float | None = None) -> None:
+        self.cache, self.rotate, self.scale = cache, rotate or _rotate, scale
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.landmarks: Tensor | None = None
         self.tail: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -139,15 +162,18 @@ class LayerMemory:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, is_landmark: Tensor) -> Tensor:
-        """Outputs (B, H, N, D) of a piece, q, k, v (B, H, N, D) before rotary embedding; then the piece is remembered."""
-        batch, _, rows, dim = q.shape
+        """Outputs (B, H, N, D) of a piece, then the piece is remembered.
+
+        q (B, H, N, D), k and v (B, Hkv, N, D), all before rotary embedding; is_landmark bool (B, N).
+        """
+        batch, _, rows, _ = q.shape
         start, device = self.cache.start, q.device
         tail = (k[:, :, :0], v[:, :, :0]) if self.tail is None else self.tail
         before = tail[0].shape[2]
         at = torch.arange(start - before, start + rows, device=device)
-        turned = rotate(torch.cat([tail[0], k], 2), _table(at, dim))
-        query = rotate(q, _table(at[before:], dim))
-        scores = torch.matmul(query, turned.transpose(-1, -2)) * dim**-0.5
+        turned = self._turned(torch.cat([tail[0], k], 2), at)
+        query = self._turned(q, at[before:])
+        scores = self._scores(query, turned)
         future = torch.arange(before + rows, device=device) > torch.arange(rows, device=device)[:, None] + before
         scores = scores.masked_fill(future, -torch.inf)
         marks = torch.cat([is_landmark.new_zeros(batch, before), is_landmark], 1)
@@ -157,12 +183,21 @@ class LayerMemory:
             width = found_scores.shape[-1]
             old = (torch.arange(width, device=device) % (self.cache.block + 1) == self.cache.block).expand(batch, -1)
             weights = landmark_weights(torch.cat([found_scores, scores], -1), torch.cat([old, marks], 1))
-            out = torch.matmul(weights[..., width:], values)
-            out = out + torch.matmul(weights[..., None, :width], found_values)[..., 0, :]
+            out = weighted_values(weights[..., width:], values)
+            fetched = weights[..., None, :width]
+            out = out + torch.matmul(fetched, found_values.to(weights.dtype))[..., 0, :]
         else:
-            out = torch.matmul(landmark_weights(scores, marks), values)
+            out = weighted_values(landmark_weights(scores, marks), values)
         self._remember(torch.cat([tail[0], k], 2), values)
-        return out
+        return out.to(q.dtype)
+
+    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.rotate(x, positions.expand(x.shape[0], -1))
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scaled scores (B, H, N, M), float32 for half types."""
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return attention_scores(q, k, q_offset=0, scale=scale)
 
     def _retrieve(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Of the chosen blocks the scores (B, H, N, K * length) and values (B, H, N | 1, K * length, D); q (B, H, N, D), turned."""
@@ -177,8 +212,7 @@ class LayerMemory:
             slot = (number - (count - topk) + 1).clamp(min=0)
             behind = (slot > 0).long()
         assert self.landmarks is not None and self.keys is not None and self.values is not None
-        marks = rotate(self.landmarks, _table(slot * length + length - 1, dim))
-        weights = (torch.matmul(q, marks.transpose(-1, -2)) * dim**-0.5).softmax(-1)
+        weights = self._scores(q, self._turned(self.landmarks, slot * length + length - 1)).softmax(-1)
         if cache.select == "heads":
             weights = weights.amax(1, keepdim=True).expand(-1, q.shape[1], -1, -1)
         elif cache.select == "tokens":
@@ -186,18 +220,43 @@ class LayerMemory:
         chosen = weights.topk(topk, dim=-1).indices.sort(-1).values  # (B, H, N | 1, K)
         keys, values = (self._gather(stored, chosen).to(q) for stored in (self.keys, self.values))
         inside = torch.arange(topk * length, device=device).view(topk, length)
-        at = inside + (behind[chosen] * length)[..., None]
-        cos, sin = rotary_table(at, dim)  # (B, H, N | 1, K, length, D)
-        keys = rotate(keys, (cos, sin)).flatten(3, 4)
-        scores = torch.matmul(keys, q[..., None])[..., 0] * dim**-0.5
-        return scores, values.flatten(3, 4)
+        at = (inside + (behind[chosen] * length)[..., None]).flatten(3)
+        lists = keys.flatten(3, 4)
+        keys = self.rotate(lists.flatten(0, 2)[:, None], at.flatten(0, 2)).view(lists.shape)
+        dtype = accumulation_dtype(q.dtype)
+        scores = torch.matmul(keys.to(dtype), q.to(dtype)[..., None])[..., 0]
+        return scores * (dim**-0.5 if self.scale is None else self.scale), values.flatten(3, 4)
 
     @staticmethod
     def _gather(stored: Tensor, chosen: Tensor) -> Tensor:
-        """(B, H, blocks, length, D) and (B, H, N, K) -> (B, H, N, K, length, D)."""
+        """(B, Hkv, blocks, length, D) and (B, H, N, K) -> (B, H, N, K, length, D)."""
         row = torch.arange(stored.shape[0], device=stored.device)[:, None, None, None]
-        head = torch.arange(stored.shape[1], device=stored.device)[:, None, None]
+        head = torch.arange(chosen.shape[1], device=stored.device)[:, None, None] // (
+            chosen.shape[1] // stored.shape[1]
+        )
         return stored[row, head, chosen.to(stored.device)]
+
+    def drop_last(self, count: int) -> None:
+        """Take back the last `count` tokens of the text; blocks that are begun again by that return to the tail."""
+        if self.tail is None or count == 0:
+            return
+        length, (keys, values) = self.cache.block + 1, self.tail
+        back = -(-max(0, count - keys.shape[2]) // length)
+        if back:
+            require(back <= self.blocks, "count", count, "fewer tokens: blocks before those remembered are gone")
+            assert self.keys is not None and self.values is not None and self.landmarks is not None
+            keys = torch.cat([self.keys[:, :, -back:].flatten(2, 3).to(keys), keys], 2)
+            values = torch.cat([self.values[:, :, -back:].flatten(2, 3).to(values), values], 2)
+            self.keys, self.values = self.keys[:, :, :-back], self.values[:, :, :-back]
+            self.landmarks = self.landmarks[:, :, :-back]
+        self.tail = (keys[:, :, : keys.shape[2] - count], values[:, :, : values.shape[2] - count])
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replace every stored tensor, batch dimension first, by `fn` of it; what is offloaded stays where it is."""
+        away = self.cache.offload
+        self.keys, self.values = (x if x is None else fn(x) if away is None else fn(x).to(away) for x in (self.keys, self.values))
+        self.landmarks = None if self.landmarks is None else fn(self.landmarks)
+        self.tail = None if self.tail is None else (fn(self.tail[0]), fn(self.tail[1]))
 
     @torch.no_grad()
     def _remember(self, k: Tensor, v: Tensor) -> None:
@@ -215,6 +274,10 @@ class LayerMemory:
             keys, values = keys.to(self.cache.offload), values.to(self.cache.offload)
         self.keys = (keys if self.keys is None else torch.cat([self.keys, keys], 2))[:, :, kept:]
         self.values = (values if self.values is None else torch.cat([self.values, values], 2))[:, :, kept:]
+
+
+def _rotate(x: Tensor, positions: Tensor) -> Tensor:
+    return rotate(x, _table(positions, x.shape[-1]))
 
 
 def _table(positions: Tensor, dims: int) -> tuple[Tensor, Tensor]:

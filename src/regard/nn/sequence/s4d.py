@@ -7,6 +7,7 @@ package efficient_attention (Shark-NLP/CAB @ 0e49696, MIT), `modules/s4d.py`. Wh
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +80,33 @@ class S4D(PatternAttention):
         powers = (log_step[..., None] * torch.arange(length, device=log_step.device)).exp()
         return 2 * torch.einsum("chn,hnl->chl", readout, powers).real
 
-    def forward(self, x: Tensor, context: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        keys: Tensor | None = None,
+        *,
+        state: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """state: what an earlier call returned; with it, or with `return_state` (a pair comes back), tokens are taken one by one."""
         self.check(x, context, keys)
         length = x.shape[1]
+        if state is not None or return_state:
+            state = self.initial_state(x.shape[0]) if state is None else state
+            need = f"({x.shape[0]}, {self.dim}, {self.w_imag.shape[1]})"
+            require(
+                state.shape == (x.shape[0], self.dim, self.w_imag.shape[1]),
+                "state",
+                f"shape {tuple(state.shape)}",
+                need,
+            )
+            outs = []
+            for token in (x if keys is None else x * keys[..., None].to(x.dtype)).unbind(1):
+                out, state = self.step(token, state)
+                outs.append(out)
+            y = torch.stack(outs, dim=1) if outs else x
+            return (y, state) if return_state else y
         if not length:
             return x
         u = (x if keys is None else x * keys[..., None].to(x.dtype)).transpose(1, 2)  # (B, dim, N)

@@ -87,8 +87,8 @@ class FaissWalker:
         lists = graph.to(torch.int32).masked_fill(graph < 0, torch.iinfo(torch.int32).max).sort(-1).values
         lists[:, 1:][lists[:, 1:] == lists[:, :-1]] = torch.iinfo(torch.int32).max
         lists = lists.sort(-1).values  # -1 ends a list
-        lists = np.ascontiguousarray(lists.masked_fill(lists == torch.iinfo(torch.int32).max, -1).numpy())
-        faiss.memcpy(walk.neighbors.data(), faiss.swig_ptr(lists), lists.nbytes)
+        array = np.ascontiguousarray(lists.masked_fill(lists == torch.iinfo(torch.int32).max, -1).numpy())
+        faiss.memcpy(walk.neighbors.data(), faiss.swig_ptr(array), array.nbytes)
 
     def search(self, q: Tensor, k: int, ef: int) -> tuple[Tensor, Tensor, int]:
         """q (R, D): numbers (R, k), scores, and keys read on average."""

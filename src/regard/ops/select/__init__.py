@@ -24,6 +24,7 @@ _TABLE = {
     "share_scores": ".blocks",
     "block_topk": ".block_topk",
     "block_topk_attention": ".block_topk",
+    "tree_topk": ".block_topk",
     # fixed patterns
     "butterfly": ".butterfly",
     "distance_bernoulli": ".distance_bernoulli",

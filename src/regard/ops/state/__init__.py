@@ -3,7 +3,13 @@
 from ..._lazy import lazy_exports
 
 _TABLE = {
+    "global_linear": ".global_linear:",
+    "global_linear_attention": ".global_linear",
+    "global_linear_weights": ".global_linear",
     "lightning_attention": ".lightning",
+    "LTV": ".ltv",
+    "linear_scan": ".linear_scan",
+    "selective_ssm_ltv": ".ltv",
     "linear_attention": ".linear",
     "linear_attention_backend": ".linear",
     "linear_attention_decode": ".linear",

@@ -1,0 +1,135 @@
+"""Softmax attention as a mixer with a state: all keys, or a window of them. The yardstick of every other mixer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..._checks import bad_type, require, require_int, require_tensor
+from ...ops import masks
+from ...ops.attention import attention
+from .pre_norm import require_rate
+from .rotary import rotary_table, rotate
+
+__all__ = ["SoftmaxAttention", "SoftmaxState"]
+
+
+@dataclass
+class SoftmaxState:
+    """What the layer carries while decoding: k, v (B, Hkv, n, D), at most `window - 1` of them with a window; tokens seen so far."""
+
+    k: Tensor
+    v: Tensor
+    position: int
+
+    def select(self, rows: Tensor) -> SoftmaxState:
+        """Batch row i becomes what row `rows[i]` was."""
+        return SoftmaxState(self.k[rows], self.v[rows], self.position)
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head softmax attention: (B, N, dim) -> (B, N, dim).
+
+    Args:
+        dim, num_heads, num_kv_heads (default num_heads), head_dim (default dim / num_heads).
+        causal: whether a token sees no later ones. window: keys that a token sees, itself included (causal only); None: all.
+        rope_base: of rotary positions; None: none. qk_norm: RMSNorm of each head's queries and keys, before the rotation.
+        bias: of the q, k and v projections and of the output. dropout: of attention weights, in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        causal: bool = True,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        rope_base: float | None = None,
+        qk_norm: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads = require_int("dim", dim, 1), require_int("num_heads", num_heads, 1)
+        self.num_kv_heads = num_heads if num_kv_heads is None else require_int("num_kv_heads", num_kv_heads, 1)
+        require(
+            num_heads % self.num_kv_heads == 0, "num_kv_heads", num_kv_heads, f"a divisor of num_heads ({num_heads})"
+        )
+        require(
+            head_dim is not None or dim % num_heads == 0,
+            "dim",
+            dim,
+            f"a multiple of num_heads ({num_heads}), or head_dim",
+        )
+        self.head_dim = dim // num_heads if head_dim is None else require_int("head_dim", head_dim, 1)
+        require(window is None or causal, "window", window, "None where not causal")
+        self.causal, self.window = bool(causal), None if window is None else require_int("window", window, 1)
+        require(
+            rope_base is None or self.head_dim % 2 == 0,
+            "head_dim",
+            self.head_dim,
+            "an even number for rotary positions",
+        )
+        self.rope_base, self.dropout = rope_base, require_rate("dropout", dropout)
+        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor, *, state: SoftmaxState | None = None, return_state: bool = False) -> Any:
+        """x (B, N, dim) -> (B, N, dim), or (that, SoftmaxState) with `return_state`; `state`: what an earlier call returned."""
+        require_tensor("x", x, dims=3, floating=True)
+        require(x.shape[2] == self.dim, "x", f"shape {tuple(x.shape)}", f"(B, N, {self.dim})")
+        if state is not None and not isinstance(state, SoftmaxState):
+            raise bad_type("state", state, "a SoftmaxState")
+        require(self.causal or (state is None and not return_state), "state", "wanted", "a causal layer")
+        q, k, v = (
+            rearrange(to(x), "b n (h d) -> b h n d", d=self.head_dim) for to in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        past = 0 if state is None else state.position
+        if self.rope_base is not None:
+            table = rotary_table(torch.arange(past, past + x.shape[1], device=x.device), self.head_dim, self.rope_base)
+            q, k = rotate(q, table), rotate(k, table)
+        if state is not None:
+            need = f"({x.shape[0]}, {self.num_kv_heads}, n, {self.head_dim})"
+            fits = (*state.k.shape[:2], state.k.shape[3]) == (x.shape[0], self.num_kv_heads, self.head_dim)
+            require(fits, "state", f"k of shape {tuple(state.k.shape)}", need)
+            k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)
+        mask: masks.Mask | None = masks.causal if self.causal else None
+        if self.window is not None:
+            mask = masks.sliding_window(self.window) & masks.causal
+        if mask is not None and x.shape[1] == 1 and (self.window is None or k.shape[2] <= self.window):
+            mask = None  # the last token may see all that is held
+        out = attention(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
+        y = self.o_proj(rearrange(out, "b h n d -> b n (h d)"))
+        if not return_state:
+            return y
+        if self.window is not None:
+            first = max(0, k.shape[2] - self.window + 1)
+            k, v = k[:, :, first:].contiguous(), v[:, :, first:].contiguous()  # what no later token can see is freed
+        return y, SoftmaxState(k, v, past + x.shape[1])
+
+    @staticmethod
+    def official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """dsf-mqar's `MHA` keeps queries and keys in one matrix `Wqk`; its `Wv` is `v_proj`, its `out_proj` `o_proj`."""
+        ours: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            head, _, kind = name.rpartition(".")
+            if head == "Wqk":
+                ours[f"q_proj.{kind}"], ours[f"k_proj.{kind}"] = tensor.chunk(2)
+            else:
+                ours[{"Wv": "v_proj", "out_proj": "o_proj"}.get(head, head) + f".{kind}"] = tensor
+        return ours
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, causal={self.causal}, window={self.window}"
+        )
