@@ -39,6 +39,7 @@ _TABLE = {
     "RecycledAttention": ".methods.caches.recycled",
     "RetrievalAttention": ".methods.caches.retrieval_attention",
     "LongHeads": ".methods.caches.long_heads",
+    "Landmark": ".methods.caches.landmark",
     "LookM": ".methods.caches.look_m",
     "SnapKV": ".methods.caches.snapkv",
     "TOVA": ".methods.caches.snapkv",

@@ -94,9 +94,13 @@ def test_all_tasks_are_compared_at_several_budgets():
     for label in ("dense", "sliding-window @ 0.5", "sliding-window @ 0.25"):
         for figure in (*ASKED, "hits", "ppl@1/4", "ppl@4/4", "kl"):
             assert math.isfinite(result.mean(label, figure)), (label, figure)
-    from regard.bench.report import page, table
+    from regard.bench.report import markdown, page, table
 
     assert "Perplexity by position" in page(result) and table(result).columns
+    lines = markdown(result).splitlines()
+    assert (
+        lines[2].startswith("| method | ") and sum(line.startswith("| sliding-window @ 0.5 |") for line in lines) == 1
+    )
     with pytest.raises(ValueError, match="budget: got 0"):
         Settings("tiny", budget=(0.5, 0))
 

@@ -102,7 +102,10 @@ def test_cached_decoding_is_the_full_forward_and_sparse_layers_keep_two_blocks()
         with torch.no_grad():
             model(prompt(500), past_key_values=cache)
     sizes = [kv_bytes(layer) for layer in cache.layers]
-    one, rest = 2 * 2 * 8 * 4, 56  # keys and values of 2 heads, 8 numbers of 4 bytes; which heads, and where rows start
+    one, rest = (
+        2 * 2 * 8 * 4,
+        64,
+    )  # keys and values of 2 heads, 8 numbers of 4 bytes; numbers of heads, starts and kinds of rows
     assert sizes[1] == sizes[2] == 32 * one + rest and 500 * one <= sizes[0] - rest <= 512 * one
     assert sum(method.plan(3).tokens(500)) == 500 + 2 * 32
 

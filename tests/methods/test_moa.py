@@ -57,14 +57,24 @@ def test_released_prompts_are_read_in_blocks():
         assert torch.equal(seen, band & (j <= i))
 
 
+SPANS = {
+    False: ([[16.0, 32.0, 8.0, 24.0]] * 3, [[0.0] * 4] * 3),
+    True: ([[0.0, 16.0, 0.0, -8.0]] * 3, [[0.25, 0.125, 0.25, 0.5]] * 3),
+}
+
+
+@pytest.mark.parametrize("growing", SPANS)
 @pytest.mark.parametrize("variant", ["released", "paper"])
-def test_padding_changes_nothing_and_heads_of_a_group_may_differ(variant):
+def test_padding_changes_nothing_and_heads_of_a_group_may_differ(variant, growing):
+    """Also where spans depend on the length: each row has those of its own."""
     model = tiny_llama()
     ids, mask, alone = padded_batch()
-    plan = spans([[16.0, 32.0, 8.0, 24.0]] * 3, [[0.0] * 4] * 3)
-    with regard.attach(model, MoA(plan, variant=variant)):
+    plan = spans(*SPANS[growing])
+    with regard.attach(model, MoA(plan, new_tokens=12, variant=variant)):
         rows = logits(model, ids, attention_mask=mask)
         told = generated(model, ids, 12, attention_mask=mask)
+        swapped = generated(model, ids.flip(0), 12, attention_mask=mask.flip(0), num_beams=2)
+        assert torch.equal(swapped.flip(0), generated(model, ids, 12, attention_mask=mask, num_beams=2))
         for row, text, said in zip(rows, alone, told):
             torch.testing.assert_close(row[-text.shape[1] :], logits(model, text)[0], rtol=1e-5, atol=1e-5)
             assert torch.equal(said[-12:], generated(model, text, 12)[0, -12:])

@@ -40,13 +40,13 @@ def test_the_system_is_the_layer(name, mode):
 
 def test_softmax_by_its_taylor_series_converges():
     torch.manual_seed(0)
-    layer = SoftmaxAttention(6, 2).double()
-    x = torch.randn(1, 8, 6, dtype=torch.float64)
-    expected = layer(x)
-    systems = [as_ltv(layer, x, order=order) for order in (1, 3, 6)]
+    layer = SoftmaxAttention(4, 2).double()
+    x = torch.randn(1, 8, 4, dtype=torch.float64)
+    expected = layer(x).detach()
+    systems = [as_ltv(layer, x, order=order) for order in (1, 3, 8)]
     errors = [float((system.run() - expected).abs().max() / expected.abs().max()) for system in systems]
     assert errors[2] < 1e-3 * errors[0] and errors[1] < 0.1 * errors[0] and errors[2] < 1e-5
-    assert systems[1].state_size == 2 * (1 + 3 + 9 + 27) * 3
+    assert systems[1].state_size == 2 * (1 + 2 + 4 + 8) * 2
 
 
 def test_a_normaliser_that_is_the_row_sum_is_linear_attention():
@@ -133,7 +133,9 @@ def test_linear_scan_gradients_and_half():
         lambda *given: linear_scan(*given[:2], given[2][:, ...].sum() + 0 * b[:, 0]), (a, b, start)
     )
     half = linear_scan(torch.full((1, 600), 0.99, dtype=torch.bfloat16), torch.ones(1, 600, dtype=torch.bfloat16))
-    assert half.dtype == torch.bfloat16 and abs(float(half[0, -1]) - 99.8) < 3
+    assert (
+        half.dtype == torch.bfloat16 and abs(float(half[0, -1]) - 1 / (1 - 0.98828125)) < 0.5
+    )  # 0.99 is 0.98828125 there
 
 
 def test_qlstm_state_is_constant_and_exact():

@@ -110,7 +110,7 @@ def test_a_perfect_student_has_no_map_loss():
     both = 0.0
     for other in (scores, q @ k.transpose(-1, -2) * 8**-0.5):
         both += float(sea_distillation(record, other).detach())
-    assert float(own) > 0 and float(estimate) > 0
+    assert float(own.detach()) > 0 and float(estimate.detach()) > 0
     torch.testing.assert_close(torch.tensor(both), own.detach() + estimate.detach())
     record.scores_m = torch.zeros_like(record.scores_m)
     record.q = torch.zeros_like(q)  # both maps are uniform, and so is the teacher's

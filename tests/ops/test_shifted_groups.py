@@ -104,6 +104,21 @@ def test_block_local():
     assert not masks.block_local(4, 0).materialize(8, 8)[0, 0, 3, 4]
 
 
+def test_per_row():
+    kinds = [masks.sliding_window(4), masks.per_head([masks.sink(2), masks.everything])]
+    mask = masks.per_row(kinds, torch.tensor([1, 0, 1])) & masks.causal
+    got = mask.materialize(70, 70, batch=3, num_heads=2)
+    for row, kind in enumerate((1, 0, 1)):
+        want = (kinds[kind] & masks.causal).materialize(70, 70, num_heads=2)[0].expand(2, -1, -1)
+        assert torch.equal(got[row], want)
+    q, k, v = torch.randn(3, 3, 2, 70, 8, generator=torch.Generator().manual_seed(0))
+    for backend in ("cpu", "sdpa"):
+        one = ops.attention(q, k, v, mask=mask, backend=backend)
+        torch.testing.assert_close(one, ops.attention(q, k, v, mask=got, backend="eager"), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="masks: got"):
+        masks.per_row([], torch.tensor([0]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

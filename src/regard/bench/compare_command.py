@@ -37,6 +37,7 @@ def compare(
     ),
     html: Annotated[Path | None, typer.Option(help="One self-contained page.")] = None,
     png: Annotated[Path | None, typer.Option(help="Quality against cost, with the Pareto front.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="The table as Markdown.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what --json holds.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: where the model loads.")] = None,
 ) -> None:
@@ -50,10 +51,10 @@ def compare(
     settings = Settings(model, context, decode, repeats, tasks, budgets if len(budgets) > 1 else budgets[0])
     names = list(ROSTER) if methods == "all" else split_methods(methods) if methods else list(DEFAULT_METHODS)
     roster = at_budgets(names, settings.budgets, context)
-    for path in (json, html, png):
+    for path in (json, html, png, markdown):
         if path is not None:
             require_writable(path)
-    _run(settings, roster, json, html, png, resume, device)
+    _run(settings, roster, json, html, png, markdown, resume, device)
 
 
 def _tasks(text: str, model: str) -> tuple[str, ...]:
@@ -76,7 +77,7 @@ def parse_budget(text: str) -> int | float:
             raise ValueError(f"budget: got {text!r}, need tokens (256) or a fraction of the context (0.25)") from None
 
 
-def _run(settings, roster, json, html, png, resume, device) -> None:  # type: ignore[no-untyped-def]
+def _run(settings, roster, json, html, png, markdown, resume, device) -> None:  # type: ignore[no-untyped-def]
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -125,6 +126,8 @@ def _run(settings, roster, json, html, png, resume, device) -> None:  # type: ig
     if result.values("dense", "kv_bytes"):
         if png is not None:
             written.append(_write(png, report.png(result)))
+        if markdown is not None:
+            written.append(_write(markdown, report.markdown(result)))
         if html is not None:
             written.append(_write(html, report.page(result, shlex.join(["regard", *sys.argv[1:]]))))
     for path in written:

@@ -85,6 +85,31 @@ def table(result: Comparison) -> Table:
     return shown
 
 
+def markdown(result: Comparison) -> str:
+    """The same table for a page of text."""
+    settings = result.settings
+    names = [_HEADINGS[figure].replace("\n", " ") for figure in figures(result)]
+    lines = [
+        f"{settings['model']}: {settings['context']} tokens of context, {settings['decode']} decoded, {settings['repeats']} repeats, "
+        f"budget {settings['budget']}; in brackets the ratio to dense in the same run "
+        f"({', '.join(f'{name} {value}' for name, value in result.machine.items())}).",
+        "",
+        f"| method | {' | '.join(names)} |",
+        f"|---|{'---:|' * len(names)}",
+    ]
+    for label in result.labels:
+        if label in result.skipped or not any(result.values(label, figure) for figure in COLUMNS):
+            continue
+        cells = []
+        for figure in figures(result):
+            value, ratio = cell(result, label, figure)
+            cells.append(f"{value} ({ratio.split(' ')[0]})" if "×" in ratio else value)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    for label, why in (*result.skipped.items(), *result.notes.items()):
+        lines += ["", f"{label}: {why}"]
+    return "\n".join(lines) + "\n"
+
+
 def front(points: list[tuple[float, float]]) -> list[int]:
     """Numbers of the points that no other beats in both coordinates (less is better in both), by rising first coordinate."""
     order = sorted(range(len(points)), key=lambda i: points[i])
@@ -132,7 +157,10 @@ def picture(result: Comparison) -> Any:
     figure = Figure(figsize=(4.6 * len(_COSTS), 3.9 * max(1, len(qualities))), layout="constrained")
     axes = figure.subplots(max(1, len(qualities)), len(_COSTS), squeeze=False)
     shown = [label for label in result.labels if label not in result.skipped]
-    colours = {label: f"C{i % 10}" for i, label in enumerate(shown)}
+    families: dict[str, list[str]] = {}
+    for label in shown:
+        families.setdefault(label.split(" @ ")[0], []).append(label)
+    styles = {name: (f"C{i % 10}", "osD^vPX"[i // 10 % 7]) for i, name in enumerate(families)}
     for row, (quality, quality_name) in enumerate(qualities):
         for column, (cost, cost_name) in enumerate(_COSTS):
             axis = axes[row][column]
@@ -148,15 +176,21 @@ def picture(result: Comparison) -> Any:
                 zorder=1,
                 drawstyle="steps-post",
             )
-            for i, (label, x, y) in enumerate(known):
+            stars = {known[i][0] for i in best}
+            place = {label: (x, y) for label, x, y in known}
+            for name, labels in families.items():
+                own = [place[label] for label in labels if label in place]
+                colour, marker = styles[name]
+                if len(own) > 1:  # one method at several budgets
+                    axis.plot(*zip(*own), color=colour, linewidth=0.8, alpha=0.6, zorder=1)
                 axis.scatter(
-                    x,
-                    y,
-                    color=colours[label],
-                    s=70 if i in best else 36,
-                    marker="*" if label == "dense" else "o",
+                    [x for x, _ in own],
+                    [y for _, y in own],
+                    color=colour,
+                    s=[70 if label in stars else 36 for label in labels if label in place],
+                    marker="*" if name == "dense" else marker,
                     zorder=2,
-                    label=label,
+                    label=name,
                 )
             axis.axvline(1.0, color="0.85", linewidth=1, zorder=0)
             axis.set(xlabel=cost_name if row == len(qualities) - 1 else "", ylabel=quality_name if column == 0 else "")
@@ -168,7 +202,14 @@ def picture(result: Comparison) -> Any:
         fontsize=11,
     )
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4) or 1, fontsize=8, frameon=False)
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=min(len(names), 4 if len(names) < 12 else 7) or 1,
+        fontsize=8,
+        frameon=False,
+    )
     return figure
 
 

@@ -19,6 +19,7 @@ _TABLE = {
     "RecycledAttention": ".caches.recycled",
     "RetrievalAttention": ".caches.retrieval_attention",
     "LongHeads": ".caches.long_heads",
+    "Landmark": ".caches.landmark",
     "LookM": ".caches.look_m",
     "SnapKV": ".caches.snapkv",
     "TOVA": ".caches.snapkv",

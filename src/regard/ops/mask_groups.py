@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import bad_type, require, require_int, require_name
+from .._checks import bad_type, require, require_int, require_name, require_tensor
 from .mask_base import Bounds, Mask
 
 SHIFTS = ("none", "clip", "cyclic")
@@ -38,6 +38,35 @@ class BlockLocal(Mask):
 
     def __repr__(self) -> str:
         return f"block_local({self.size}, left={self.left})"
+
+
+class PerRow(Mask):
+    """A mask of its own for each batch row: `number[b]` says which of `masks`."""
+
+    varies_batch = True
+
+    def __init__(self, masks: list[Mask], number: Tensor) -> None:
+        require(len(masks) > 0, "masks", masks, "at least one mask")
+        require_tensor("number", number, dims=1)
+        self.masks, self.number = masks, number
+        self.varies_head = any(mask.varies_head for mask in masks)
+
+    def _pick(self, b: Tensor, values: list[Tensor]) -> Tensor:
+        number = self.number.to(b.device)[b]
+        out = torch.zeros((), dtype=torch.bool, device=b.device)
+        for i, value in enumerate(values):
+            out = out | ((number == i) & value)
+        return out
+
+    def keep(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return self._pick(b, [mask.keep(b, h, q_idx, kv_idx) for mask in self.masks])
+
+    def bounds(self, b: Tensor, h: Tensor, q_lo: Tensor, q_hi: Tensor, kv_lo: Tensor, kv_hi: Tensor) -> Bounds:
+        pairs = [mask.bounds(b, h, q_lo, q_hi, kv_lo, kv_hi) for mask in self.masks]
+        return self._pick(b, [some for some, _ in pairs]), self._pick(b, [every for _, every in pairs])
+
+    def __repr__(self) -> str:
+        return f"per_row({len(self.number)} rows, {len(self.masks)} kinds)"
 
 
 def shifted_heads(num_heads: int, shift_heads: float) -> int:

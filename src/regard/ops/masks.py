@@ -18,7 +18,7 @@ from torch import Tensor
 from .._checks import bad_type, require, require_int
 from .mask_base import Bounds, DenseMask, FunctionMask, Mask, as_mask, index_grid
 from .mask_bernoulli import DistanceBernoulli
-from .mask_groups import BlockLocal, ShiftedGroup
+from .mask_groups import BlockLocal, PerRow, ShiftedGroup
 from .mask_intervals import Intervals, Window
 from .mask_kinds import (
     Block,
@@ -55,6 +55,7 @@ __all__ = [
     "neighborhood",
     "padding",
     "per_head",
+    "per_row",
     "prefix",
     "shifted",
     "shifted_group",
@@ -154,6 +155,11 @@ def dense(tensor: Tensor, *, q_offset: int | None = None) -> Mask:
 def per_head(masks: list[Mask]) -> Mask:
     """A mask of its own for each query head, in order."""
     return PerHead([as_mask(mask) for mask in masks])
+
+
+def per_row(masks: list[Mask], number: Tensor) -> Mask:
+    """A mask of its own for each batch row: row b has `masks[number[b]]`, `number` (B,) integers."""
+    return PerRow([as_mask(mask) for mask in masks], number)
 
 
 def head_sharded(

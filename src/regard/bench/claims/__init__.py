@@ -34,6 +34,7 @@ MODULES = {
     "079": "c079_fusemax",
     "080": "c080_adl",
     "081": "c081_zero_tuning",
+    "084": "c084_mala",
     "089": "..scale.claim",  # of a floor above: named, not imported
     "092": "c092_dhsa",
     "115": "c115_agent_attention",

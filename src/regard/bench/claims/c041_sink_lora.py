@@ -89,7 +89,7 @@ def _time(out: Outcome, scale: Scale, length: int) -> None:
             torch.autograd.grad(work(q, k, v).sum(), (q, k, v))
 
     ways: dict[str, Any] = {FULL: partial(attention, mask=masks.causal)}
-    ways[SF] = lambda *qkv: shifted_group_attention(*qkv, length // 4, shift_heads=0.25, sink=4)
+    ways[SF] = partial(shifted_group_attention, group=length // 4, shift_heads=0.25, sink=4)
     found = times(
         {label: partial(step, work) for label, work in ways.items()},
         rounds=scale.pick(2, 1),

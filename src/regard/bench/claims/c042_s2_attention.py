@@ -90,7 +90,7 @@ def _memory(out: Outcome, scale: Scale, length: int, heads: int, block: int) -> 
 
     def step(layer: PlannedLayer) -> None:
         layer.update(one[1], one[2])
-        layer.attend(AttentionCall(nn.Identity(), 0, *one, cache=layer))
+        layer.attend(AttentionCall(nn.Identity(), 0, one[0], one[1], one[2], cache=layer))
 
     found = times({label: partial(step, layer) for label, layer in caches.items()}, rounds=scale.pick(4, 1), inner=8)
     for label, layer in caches.items():

@@ -31,7 +31,8 @@ def measure(scale: Scale) -> Outcome:
     context, steps = scale.pick(768, 128), scale.pick(32, 6)
     needles, long = scale.pick(512, 128), scale.pick(16384, 1024)
     out = Outcome(
-        f"{context} tokens and {steps} steps after them (mass, KL), {needles} (code), {long} (time); small caches of 1/16 of it (code: 1/4)",
+        f"{context} tokens and {steps} steps after them (mass, KL), {needles} (code), {long} (time); "
+        "small caches of 1/16 of it (code: 1/4)",
         "a prompt, or a round",
     )
     _mass(out, model, tokenizer, context, steps, scale.pick(3, 1))

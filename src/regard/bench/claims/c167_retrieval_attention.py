@@ -13,7 +13,7 @@ from ...integrations.transformers import attach
 from ...methods.caches import RetrievalAttention, RetrievalLayer
 from ...methods.call import AttentionCall, Method
 from ...ops.attention import attention
-from ...ops.index import IVF, ExactIP, KeyIndex, QueryGraph, found_mass
+from ..indexes import BLIND, CELLS, GRAPH, compare_indexes
 from ..text import token_windows
 from .claim import Outcome, Scale
 from .timing import times
@@ -23,7 +23,7 @@ SAYS = (
     "RetrievalAttention: queries are so unlike keys that an inverted-file index must scan about 30 % of them for a recall of 0.95 and "
     "an index made from queries 1-3 %; decoding then costs a fraction of full attention."
 )
-EXACT, GRAPH, BLIND, CELLS = "exact", "graph made from queries", "graph of near keys", "inverted file"
+EXACT = "exact"
 MASS, READ = "top-100 mass found", "share of keys read"
 _TESTED = 32
 
@@ -62,19 +62,10 @@ def measure(scale: Scale) -> Outcome:
 def _rows(out: Outcome, name: str, cases: list[tuple[Tensor, Tensor, Tensor]], scale: Scale) -> None:
     found: dict[str, tuple[list[float], list[float]]] = {}
     for keys, build, test in cases:
-        factor = keys.shape[-1] ** -0.5
-        top = scale.pick(100, 10)
-        best = ExactIP().build(keys).search(test, top)
-        indexes: dict[str, KeyIndex] = {
-            GRAPH: QueryGraph().build(keys, build),
-            BLIND: QueryGraph().build(keys),
-            CELLS: IVF().build(keys),
-        }
-        for label, index in indexes.items():
-            result = index.search(test, top)
-            mass, read = found.setdefault(label, ([], []))
-            mass.append(float(found_mass(result, best, factor).mean()))
-            read.append(float(result.scanned.double().mean()) / keys.shape[2])
+        for figures in compare_indexes(keys, build, test, top=scale.pick(100, 10)):
+            mass, read = found.setdefault(figures.label, ([], []))
+            mass.append(figures.mass)
+            read.append(figures.read)
     for label, (mass, read) in found.items():
         out.add(f"{name}: {label}", MASS, "share", mass)
         out.add(f"{name}: {label}", READ, "share", read)
@@ -94,10 +85,10 @@ class _Capture(Method):
 
 @torch.no_grad()
 def _captured(scale: Scale, context: int) -> list[tuple[Tensor, Tensor]]:
-    """Queries and keys of six layers (two at quick scale), spread over the model."""
+    """Queries and keys of five layers (two at quick scale), spread over the model."""
     model, tokenizer = scale.language_model()
     layers = model.config.get_text_config().num_hidden_layers
-    count = scale.pick(6, 2)
+    count = scale.pick(5, 2)
     capture = _Capture(
         wanted=tuple(sorted({round((i + 0.5) * layers / count) for i in range(count)} & set(range(layers))))
     )

@@ -13,6 +13,8 @@ _TABLE = {
     "Limits": ".policy",
     "LookM": ".look_m",
     "LongHeads": ".long_heads",
+    "Landmark": ".landmark",
+    "LandmarkLayer": ".landmark",
     "LongHeadsLayer": ".long_heads",
     "look_m_compress": ".look_m",
     "scatter_merge": ".merge",

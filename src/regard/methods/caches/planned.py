@@ -70,15 +70,24 @@ class PlannedLayer(AttendingLayer):
         return self._uniform[1]
 
     def _make_groups(self, seen: int, num_heads: int, num_kv_heads: int, device: torch.device) -> list[_Group]:
-        rules = [rule.at(seen) for rule in self.rules(seen, num_heads, num_kv_heads)]
+        assert self.start is not None
+        rules = self.rules(seen, num_heads, num_kv_heads)
         require(len(rules) == num_heads, "rules", f"{len(rules)} rules", f"one a query head, {num_heads}")
+        # each row's rules are those of its own length, whatever it is batched with
+        lengths, number = (seen - self.start).clamp(min=0).unique(return_inverse=True)
+        settled = [[rule.at(length) for rule in rules] for length in lengths.tolist()]
+        kinds = list(dict.fromkeys(tuple(kind) for kind in settled))
+        which = torch.tensor([kinds.index(tuple(kind)) for kind in settled], device=device)[number]
         share = num_heads // num_kv_heads
         alike: dict[Rule, list[int]] = {}
-        kept = [union(rules[head * share : (head + 1) * share]) for head in range(num_kv_heads)]
+        kept = [
+            union([rule for kind in kinds for rule in kind[head * share : (head + 1) * share]])
+            for head in range(num_kv_heads)
+        ]
         for head, rule in enumerate(kept):
             alike.setdefault(replace(rule, phase=0) if isinstance(rule, Sharded) else rule, []).append(head)
         return [
-            _Group(heads, [kept[head] for head in heads], rules, share, device, len(heads) == num_kv_heads)
+            _Group(heads, [kept[head] for head in heads], kinds, which, share, device, len(heads) == num_kv_heads)
             for heads in alike.values()
         ]
 
@@ -98,7 +107,14 @@ class _Group:
     """Kv heads whose rules differ in nothing but the phase of their strided columns, and what is stored for them."""
 
     def __init__(
-        self, heads: list[int], kept: list[Rule], rules: list[Rule], share: int, device: torch.device, every: bool
+        self,
+        heads: list[int],
+        kept: list[Rule],
+        kinds: list[tuple[Rule, ...]],
+        which: Tensor,
+        share: int,
+        device: torch.device,
+        every: bool,
     ) -> None:
         self.heads = torch.tensor(heads, device=device)
         self.q_heads = (self.heads[:, None] * share + torch.arange(share, device=device)).flatten()
@@ -109,9 +125,11 @@ class _Group:
             phases = tuple(phase for rule in kept for phase in rule.slots().phases)  # type: ignore[attr-defined]
             self.slots = replace(self.slots, phases=phases if len(set(phases)) > 1 else phases[:1])
             self.phases = torch.tensor(self.slots.phases, device=device)
-        own = [rules[int(head)] for head in self.q_heads]
-        # where query heads of one kv head differ, each needs a mask of its own; else the kept rule speaks for all
-        self.q_rules = own if any(rule != kept[i // share] for i, rule in enumerate(own)) else None
+        own = [[rules[head] for head in self.q_heads.tolist()] for rules in kinds]
+        # where query heads of one kv head differ, or rows of the batch, each needs a mask of its own; else the kept rule speaks for all
+        differ = any(rule != kept[i // share] for rules in own for i, rule in enumerate(rules))
+        self.q_rules = own if differ else None  # for each kind of rows, a rule for each query head
+        self.which = which  # (B,): the kind of each row
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self._strided: tuple[int, Tensor] | None = None  # a block of queries, and what they see of strided slots
@@ -121,7 +139,7 @@ class _Group:
 
     def map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = fn(self.keys), fn(self.values)
+            self.keys, self.values, self.which = fn(self.keys), fn(self.values), fn(self.which)
             device = self.keys.device
             self.heads, self.q_heads = self.heads.to(device), self.q_heads.to(device)
             self.phases = None if self.phases is None else self.phases.to(device)
@@ -256,12 +274,18 @@ class _Group:
             assert isinstance(rule, Sharded)
             seen = rule.visible_by(query, position, self.phases[None, :, None, None])
             return seen.repeat_interleave(self.share, dim=1) if seen.shape[1] > 1 else seen
+        kinds = [self._visible_by_head(rules, query, position) for rules in self.q_rules]
+        out = kinds[0]
+        for number, kind in enumerate(kinds[1:], 1):
+            out = torch.where((self.which == number)[:, None, None, None], kind, out)
+        return out
+
+    def _visible_by_head(self, rules: list[Rule], query: Tensor, position: Tensor) -> Tensor:
         per_head = position.repeat_interleave(self.share, dim=1) if position.shape[1] > 1 else position
-        distinct = list(dict.fromkeys(self.q_rules))
         shape = broadcast_shape(query.shape, per_head.shape)
-        out = torch.zeros((shape[0], len(self.q_rules), *shape[2:]), dtype=torch.bool, device=query.device)
-        for rule in distinct:
-            heads = [i for i, own in enumerate(self.q_rules) if own == rule]
+        out = torch.zeros((shape[0], len(rules), *shape[2:]), dtype=torch.bool, device=query.device)
+        for rule in dict.fromkeys(rules):
+            heads = [i for i, own in enumerate(rules) if own == rule]
             some = per_head if per_head.shape[1] == 1 else per_head[:, heads]
             out[:, heads] = rule.visible(query, some).expand(-1, len(heads), -1, -1)
         return out

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..._checks import bad_type
@@ -60,17 +61,25 @@ class PlannedMethod(Method):
     def mask(self, call: AttentionCall) -> Mask | None:
         if call.cache is not None and call.position > 0 and is_planned(call.cache):
             return None  # the cache itself knows
-        rules = tuple(
-            rule.at(call.seen) for rule in self.rules_of(call.layer, call.num_layers, call.num_heads, call.num_kv_heads)
-        )
+        rules = self.rules_of(call.layer, call.num_layers, call.num_heads, call.num_kv_heads)
+        if call.mask is None or not bool(call.start.any()):
+            return self._kept_mask(tuple(rule.at(call.seen) for rule in rules))
+        # each row's rules are those of its own length, whatever it is batched with
+        lengths, number = (call.seen - call.start).clamp(min=0).unique(return_inverse=True)
+        settled = [tuple(rule.at(length) for rule in rules) for length in lengths.tolist()]
+        kinds = list(dict.fromkeys(settled))
+        made = [self._kept_mask(kind) for kind in kinds]
+        if len(kinds) == 1:
+            return None if made[0] is None else masks.shifted(made[0], call.start)
+        which = torch.tensor([kinds.index(kind) for kind in settled], device=number.device)[number]
+        return masks.shifted(masks.per_row([mask or masks.everything for mask in made], which), call.start)
+
+    def _kept_mask(self, rules: tuple[Rule, ...]) -> Mask | None:
         if rules not in self._masks:
             if len(self._masks) >= _KEPT_MASKS:
                 self._masks.clear()
             self._masks[rules] = self.mask_of(rules)
-        mask = self._masks[rules]
-        if mask is None or call.mask is None or not bool(call.start.any()):
-            return mask
-        return masks.shifted(mask, call.start)
+        return self._masks[rules]
 
     def mask_of(self, rules: tuple[Rule, ...]) -> Mask | None:
         """The mask of a layer's settled rules, one a query head; None = everything."""

@@ -30,7 +30,8 @@ class SinkLoRA(Method):
     with `H2O`). A group of at least the context, or `sink` of at least the context, is full causal attention.
 
     Args:
-        group_ratio: tokens a group, as a share of the sequence, in (0, 1]. group: tokens a group, in place of the ratio.
+        group_ratio: tokens a group, as a share of the sequence (as long as the batch is, padding included), in (0, 1].
+        group: tokens a group, in place of the ratio: then no row depends on what it is batched with.
         sink: tokens at the start of each row that every later query sees, in every head (SF-Attn).
         share: of the shifted half of the heads, the share that is returned to the unshifted state (SF-Attn), in [0, 1].
         variant: "paper" (default): SF-Attn. Nothing sees the future. "released": S2-Attn as in the released code, which does:

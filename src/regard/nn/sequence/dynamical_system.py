@@ -1,7 +1,7 @@
-"""Layers as linear systems that vary in time: `as_ltv(layer, x)` gives Lambda, B, C, D of softmax, linear, state space and recurrent layers.
+"""Layers as linear systems that vary in time: `as_ltv(layer, x)` gives Lambda, B, C, D of attention, state space and recurrent layers.
 
-Understanding the differences in Foundation Models (Sieber et al. 2024, NeurIPS, arXiv 2405.15731): with all of them in one form, what tells them
-apart is how the state forgets, what enters it and how large it is. There: attention with features phi, psi and a normaliser eta has
+Understanding the differences in Foundation Models (Sieber et al. 2024, NeurIPS, arXiv 2405.15731): with all of them in one form, what
+tells them apart is how the state forgets, what enters it and how large it is. There: attention with features phi, psi and a normaliser eta has
 Lambda_i = eta_(i-1) / eta_i, B_i = psi(k_i) (x) W_V / eta_i, C_i = phi(q_i)^T (x) I; S6 has Lambda_i = exp(-Delta_i A); qLSTM sigmoid(f_i).
 What differs: softmax attention has no such system of fixed size, here it is offered in two: with one slot of the state a token (which is
 what a KV cache is), or with exp as its Taylor series of some order.
@@ -45,7 +45,7 @@ def as_ltv(layer: nn.Module, x: Tensor, *, order: int | None = None) -> LTV:
     require(order is None or isinstance(layer, SoftmaxAttention), "order", order, "None but for SoftmaxAttention")
     require(getattr(layer, "causal", True) is True, "layer", "one that sees later tokens", "a causal layer")
     with torch.no_grad():
-        if isinstance(layer, SoftmaxAttention):
+        if type(layer) is SoftmaxAttention:  # layers built on it compute something else
             return _softmax(layer, x, order)
         if isinstance(layer, LinearAttention):
             return _linear(layer, x)

@@ -254,7 +254,9 @@ class LayerMemory:
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace every stored tensor, batch dimension first, by `fn` of it; what is offloaded stays where it is."""
         away = self.cache.offload
-        self.keys, self.values = (x if x is None else fn(x) if away is None else fn(x).to(away) for x in (self.keys, self.values))
+        self.keys, self.values = (
+            x if x is None else fn(x) if away is None else fn(x).to(away) for x in (self.keys, self.values)
+        )
         self.landmarks = None if self.landmarks is None else fn(self.landmarks)
         self.tail = None if self.tail is None else (fn(self.tail[0]), fn(self.tail[1]))
 

@@ -39,7 +39,8 @@ class LinearAttention(nn.Module):
     """phi(q) (sum phi(k)^T v) / phi(q) (sum phi(k)), causal or over everything: (B, N, dim) -> (B, N, dim).
 
     Args:
-        dim, num_heads. key_dim: channels of all queries (and of all keys) together, default dim.
+        dim, num_heads. key_dim: channels of all queries (and of all keys) together, default dim. head_dim: of the values, default
+            dim / num_heads.
         feature_map: as in `regard.ops.linear_attention`; phi of the projected queries and keys.
         normalize: divide by the sum of the weights + eps. Wants a map that is not negative.
         decay: "none", or "token": each head forgets at a rate that it computes from the token, exp(-softplus(w x + b)) in (0, 1); at first
@@ -55,6 +56,7 @@ class LinearAttention(nn.Module):
         causal: bool = True,
         *,
         key_dim: int | None = None,
+        head_dim: int | None = None,
         feature_map: str | FeatureMap | tuple[str | FeatureMap, str | FeatureMap] | None = "elu+1",
         normalize: bool = True,
         decay: str = "none",
@@ -72,7 +74,8 @@ class LinearAttention(nn.Module):
             bool(causal),
         )
         key_dim = dim if key_dim is None else require_int("key_dim", key_dim, 1)
-        for name, width in (("dim", dim), ("key_dim", key_dim)):
+        value_dim = dim if head_dim is None else num_heads * require_int("head_dim", head_dim, 1)
+        for name, width in (("dim", value_dim), ("key_dim", key_dim)):
             require(width % num_heads == 0, name, width, f"a multiple of num_heads ({num_heads})")
         require_name("decay", decay, DECAYS)
         require(causal or decay == "none", "decay", decay, "'none' where not causal")
@@ -91,15 +94,15 @@ class LinearAttention(nn.Module):
             eps,
         )
         self.q_proj, self.k_proj = (nn.Linear(dim, key_dim, bias=bias) for _ in range(2))
-        self.v_proj = nn.Linear(dim, dim, bias=bias)
-        self.out_proj = nn.Linear(dim, dim, bias=bias if out_bias is None else out_bias)
+        self.v_proj = nn.Linear(dim, value_dim, bias=bias)
+        self.out_proj = nn.Linear(value_dim, dim, bias=bias if out_bias is None else out_bias)
         self.decay_proj = nn.Linear(dim, num_heads) if decay == "token" else None
         if self.decay_proj is not None:
             rates = 0.693 / torch.logspace(0.3, 2, num_heads)
             nn.init.zeros_(self.decay_proj.weight)
             with torch.no_grad():
                 self.decay_proj.bias.copy_(rates.expm1().log())
-        self.norm = nn.RMSNorm(dim // num_heads) if out_norm else None
+        self.norm = nn.RMSNorm(value_dim // num_heads) if out_norm else None
 
     def forward(
         self, x: Tensor, *, state: LinearAttentionState | None = None, return_state: bool = False, form: str = "auto"
@@ -122,7 +125,7 @@ class LinearAttention(nn.Module):
             q, k = rotate(q, table), rotate(k, table)
         log_decay = None
         if self.decay_proj is not None:
-            log_decay = -F.softplus(self.decay_proj(x).float()).transpose(1, 2)
+            log_decay = -F.softplus(self.decay_proj(x).to(torch.promote_types(x.dtype, torch.float32))).transpose(1, 2)
         out = linear_attention(
             q, k, v, log_decay=log_decay, feature_map=self.feature_map, normalize=self.normalize, causal=self.causal, scale=self.scale,
             state=None if state is None else state.memory, return_state=return_state, form=form, eps=self.eps,

@@ -22,7 +22,7 @@ __all__ = ["QLSTM", "QLSTMState"]
 
 @dataclass
 class QLSTMState:
-    """What the layer carries while decoding: h (B, hidden), and the last `kernel_size - 1` inputs of the convolution, (B, k - 1, hidden)."""
+    """What the layer carries while decoding: h (B, hidden), and the convolution's last `kernel_size - 1` inputs, (B, k - 1, hidden)."""
 
     h: Tensor
     before: Tensor
@@ -36,7 +36,8 @@ class QLSTM(nn.Module):
     Args:
         dim. num_heads: taken so that it can stand where attention stands; not used. expansion: hidden channels over dim.
         kernel_size: of the convolution.
-        reverse: a_t = sigmoid(-f_t) ** relu(alpha), alpha a learned number, 1 at first: the decay of Mamba, exp(-softplus(f)). False: sigmoid(f_t).
+        reverse: a_t = sigmoid(-f_t) ** relu(alpha), alpha a learned number, 1 at first: the decay of Mamba, exp(-softplus(f)).
+            False: sigmoid(f_t).
 
     The input has no factor 1 - a_t. Parameter names are the authors'.
     """

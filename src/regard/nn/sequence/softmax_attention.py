@@ -90,11 +90,10 @@ class SoftmaxAttention(nn.Module):
         if state is not None and not isinstance(state, SoftmaxState):
             raise bad_type("state", state, "a SoftmaxState")
         require(self.causal or (state is None and not return_state), "state", "wanted", "a causal layer")
-        q, k, v = (
-            rearrange(to(x), "b n (h d) -> b h n d", d=self.head_dim) for to in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         past = 0 if state is None else state.position
+        q, v = self._temper(q, v, x, past)
         if self.rope_base is not None:
             table = rotary_table(torch.arange(past, past + x.shape[1], device=x.device), self.head_dim, self.rope_base)
             q, k = rotate(q, table), rotate(k, table)
@@ -109,13 +108,30 @@ class SoftmaxAttention(nn.Module):
         if mask is not None and x.shape[1] == 1 and (self.window is None or k.shape[2] <= self.window):
             mask = None  # the last token may see all that is held
         out = attention(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
-        y = self.o_proj(rearrange(out, "b h n d -> b n (h d)"))
+        y = self._combine(out, x)
         if not return_state:
             return y
         if self.window is not None:
             first = max(0, k.shape[2] - self.window + 1)
             k, v = k[:, :, first:].contiguous(), v[:, :, first:].contiguous()  # what no later token can see is freed
         return y, SoftmaxState(k, v, past + x.shape[1])
+
+    # What layers built on this one change: the projections, queries and values before they meet, heads into the output.
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, N, D), k and v (B, Hkv, N, D), before norms and rotation."""
+        q, k, v = (
+            rearrange(to(x), "b n (h d) -> b h n d", d=self.head_dim) for to in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q, k, v
+
+    def _temper(self, q: Tensor, v: Tensor, x: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        """q and v as they are attended with; x is what they were made of, its first token the one at position `past`."""
+        return q, v
+
+    def _combine(self, out: Tensor, x: Tensor) -> Tensor:
+        """out (B, H, N, D) of the heads -> (B, N, dim)."""
+        return self.o_proj(rearrange(out, "b h n d -> b n (h d)"))
 
     @staticmethod
     def official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:

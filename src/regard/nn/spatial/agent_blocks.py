@@ -15,27 +15,12 @@ from torch.nn import functional as F
 
 from ..._checks import require, require_int, require_tensor
 from ...ops.agent import agent_attention
+from ..layers import drop_samples
 from .agent_attention import AgentAttention, AgentBias, agent_grid_of, rename_agent_attention
+from .block_parts import Mlp, attend_in_windows
 from .grids import Grid, from_windows, grid_pair, to_windows
 
 __all__ = ["AgentBlock", "AgentCSWinBlock", "AgentStripeAttention"]
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden: int, drop: float) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.drop = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
-def _drop_path(branch: Tensor, probability: float, training: bool) -> Tensor:
-    """Stochastic depth: leave the branch out for whole samples, scale up the others."""
-    if not training or probability == 0.0:
-        return branch
-    keep = branch.new_empty(branch.shape[0], *(1,) * (branch.dim() - 1)).bernoulli_(1.0 - probability)
-    return branch * keep / (1.0 - probability)
 
 
 class AgentBlock(nn.Module):
@@ -101,7 +86,7 @@ class AgentBlock(nn.Module):
             proj_drop=drop,
         )
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = _FeedForward(dim, int(dim * mlp_ratio), drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     @staticmethod
     def official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,17 +97,15 @@ class AgentBlock(nn.Module):
     def forward(self, x: Tensor, grid: int | Grid | None = None) -> Tensor:
         require_tensor("x", x, dims=3, floating=True)
         require(grid is None or self.window is None, "grid", grid, "None in a block with windows")
-        x = x + _drop_path(self._attend(self.norm1(x), grid), self.drop_path, self.training)
-        return x + _drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+        x = x + drop_samples(self._attend(self.norm1(x), grid), self.drop_path, self.training)
+        return x + drop_samples(self.mlp(self.norm2(x)), self.drop_path, self.training)
 
     def _attend(self, x: Tensor, grid: int | Grid | None) -> Tensor:
         if self.window is None:
             return self.attn(x, grid)
         cells = math.prod(self.grid)
         require(x.shape[1] == cells, "x", f"shape {tuple(x.shape)}", f"{cells} tokens for grid {self.grid}")
-        maps = x.unflatten(1, self.grid).roll((-self.shift, -self.shift), (1, 2))
-        maps = from_windows(self.attn(to_windows(maps, self.window)), self.window, self.grid)
-        return maps.roll((self.shift, self.shift), (1, 2)).flatten(1, 2)
+        return attend_in_windows(self.attn, x, self.grid, self.window, self.shift)
 
 
 class AgentStripeAttention(nn.Module):
@@ -246,7 +229,7 @@ class AgentCSWinBlock(nn.Module):
         )
         self.proj = nn.Linear(dim, dim)  # `drop` does not follow it: the authors make that dropout and never call it
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = _FeedForward(dim, int(dim * mlp_ratio), drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     @staticmethod
     def official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -260,5 +243,5 @@ class AgentCSWinBlock(nn.Module):
         require(fits, "x", f"shape {tuple(x.shape)}", f"(B, {need[0]}, {need[1]}) for grid {self.grid}")
         q, k, v = (part.chunk(len(self.attns), -1) for part in self.qkv(self.norm1(x)).chunk(3, -1))
         branches = [branch(*parts) for branch, *parts in zip(self.attns, q, k, v)]
-        x = x + _drop_path(self.proj(torch.cat(branches, -1)), self.drop_path, self.training)
-        return x + _drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+        x = x + drop_samples(self.proj(torch.cat(branches, -1)), self.drop_path, self.training)
+        return x + drop_samples(self.mlp(self.norm2(x)), self.drop_path, self.training)

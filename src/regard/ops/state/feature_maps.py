@@ -6,6 +6,7 @@ A name, a callable, or a pair of them (one for queries, one for keys). `register
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,40 @@ def symmetric_softmax(x: Tensor) -> Tensor:
     return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
 
 
+@dataclass(frozen=True)
+class TaylorExp:
+    """phi with phi(q) . phi(k) = 1 + s + s^2 / 2, s = scale * q . k: the exponential to second order, never below 1/2.
+
+    Features of x (..., D): 1, then sqrt(scale) x, then scale / sqrt(2) times all products of two channels: 1 + D + D^2.
+    From Based (Arora et al. 2024, arXiv 2402.18668); order and factors as in HazyResearch/based @ 32c1bd4, `TaylorExp`.
+
+    scale: > 0; None: 1 / sqrt(D), as softmax attention has it.
+    compact: products of two different channels once (times sqrt(2)) and not twice: 1 + D + D (D + 1) / 2 features, so that a state is
+        about half as large; the same weights.
+    """
+
+    scale: float | None = None
+    compact: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.scale is None or self.scale > 0, "scale", self.scale, "a number > 0, or None")
+
+    def width(self, dim: int) -> int:
+        """Features of `dim` channels."""
+        return 1 + dim + (dim * (dim + 1) // 2 if self.compact else dim * dim)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        dim = x.shape[-1]
+        scale = dim**-0.5 if self.scale is None else self.scale
+        x = x * scale**0.5
+        if self.compact:
+            row, column = torch.triu_indices(dim, dim, device=x.device)
+            second = x[..., row] * x[..., column] * x.new_ones(len(row)).masked_fill(row == column, 0.5**0.5)
+        else:
+            second = (x[..., :, None] * x[..., None, :]).flatten(-2) * 0.5**0.5
+        return torch.cat([torch.ones_like(x[..., :1]), x, second], dim=-1)
+
+
 FEATURE_MAPS: dict[str, FeatureMap] = {
     "identity": identity,
     "relu": F.relu,
@@ -48,6 +83,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
     "exp": torch.exp,
     "softmax": softmax,
     "symmetric_softmax": symmetric_softmax,
+    "taylor": TaylorExp(),
 }
 
 
