@@ -13,7 +13,14 @@ bench = typer.Typer(
     help="Speed and claims, measured here: ratios beside dense attention, in one run.", no_args_is_help=True
 )
 
-for _part in (".ops_command", ".claims_command", ".cost_command", ".kinetics_command", ".cab_command"):
+for _part in (
+    ".ops_command",
+    ".claims_command",
+    ".cost_command",
+    ".kinetics_command",
+    ".cab_command",
+    ".mixers_command",
+):
     if importlib.util.find_spec(_part, __package__) is not None:
         importlib.import_module(_part, __package__).register(bench)
 

@@ -6,12 +6,15 @@ from .._lazy import lazy_exports
 
 if TYPE_CHECKING:  # names that a file of this package has too: what they mean to a type checker
     from .attention_influence import attention_influence as attention_influence
+    from .icl_circuits import icl_circuits as icl_circuits
     from .look import look as look
     from .retrieval_heads import retrieval_heads as retrieval_heads
 
 _TABLE = {
     "attention_boundaries": ".boundaries",
     "look": ".look",
+    "ICLCircuits": ".icl_circuits",
+    "icl_circuits": ".icl_circuits",
     "attention_entropy": ".probes",
     "attention_influence": ".attention_influence",
     "answered_by_dense": ".attention_influence",

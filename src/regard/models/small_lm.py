@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import bad_type, bad_value, require, require_int, require_name, require_tensor
-from ..nn.mixers import build_mixer, can_decode, decode_mixer, run_mixer, state_bytes, takes
+from ..nn.mixers import MIXERS, build_mixer, can_decode, decode_mixer, run_mixer, state_bytes, takes
 from ..nn.sequence.pre_norm import require_rate
 
 __all__ = ["SmallLM", "SmallLMState"]
@@ -55,12 +55,24 @@ class ShortConv(nn.Module):
 class Block(nn.Module):
     """One layer of `SmallLM`."""
 
-    def __init__(self, dim: int, mixer: nn.Module, hidden: int, short_conv: int, dropout: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        hidden: int,
+        short_conv: int,
+        dropout: float,
+        bias: bool = True,
+        eps: float | None = None,
+    ) -> None:
         super().__init__()
-        self.conv_norm, self.conv = (nn.RMSNorm(dim), ShortConv(dim, short_conv)) if short_conv else (None, None)
-        self.norm, self.mixer, self.drop = nn.RMSNorm(dim), mixer, nn.Dropout(dropout)
-        self.mlp_norm = nn.RMSNorm(dim) if hidden else None
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)) if hidden else None
+        self.conv_norm = nn.RMSNorm(dim, eps) if short_conv else None
+        self.conv = ShortConv(dim, short_conv) if short_conv else None
+        self.norm, self.mixer, self.drop = nn.RMSNorm(dim, eps), mixer, nn.Dropout(dropout)
+        self.mlp_norm, self.mlp = None, None
+        if hidden:
+            self.mlp_norm = nn.RMSNorm(dim, eps)
+            self.mlp = nn.Sequential(nn.Linear(dim, hidden, bias), nn.GELU(), nn.Linear(hidden, dim, bias))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.conv is not None and self.conv_norm is not None:
@@ -92,6 +104,7 @@ class SmallLM(nn.Module):
         max_len: longest sequence for "learned" and for mixers that must know. rope_base: of rotary positions.
         short_conv: width of a causal convolution before each mixer, as most recurrent language models have it; 0: none (causal only).
         causal: whether a token sees no later ones. dropout: of the branches, in training. tie: output weights are the embedding's.
+        mlp_bias: of the MLPs' linear maps. norm_eps: of all norms; None: the dtype's smallest step.
 
     Errors: ValueError or TypeError naming the argument.
     """
@@ -115,6 +128,8 @@ class SmallLM(nn.Module):
         tie: bool = True,
         in_dim: int | None = None,
         out_dim: int | None = None,
+        mlp_bias: bool = True,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("num_layers", num_layers), ("num_heads", num_heads), ("max_len", max_len)):
@@ -126,7 +141,7 @@ class SmallLM(nn.Module):
         require_rate("dropout", dropout)
         names = [mixer] if isinstance(mixer, str) else list(mixer)
         require(bool(names), "mixer", mixer, "at least one name")
-        options = _options_of(names, mixer_options)
+        options = options_of(names, mixer_options)
         self.vocab_size, self.dim, self.causal, self.max_len, self.positions = (
             vocab_size,
             dim,
@@ -158,12 +173,16 @@ class SmallLM(nn.Module):
                 own.setdefault("rope_base", rope_base if positions in ("auto", "rope") else None)
             elif positions == "rope":
                 raise bad_value("positions", positions, f"another kind: the mixer {name!r} has no rotary positions")
+            kind = MIXERS[name]
+            require(
+                kind.layout == "sequence", "mixer", name, "a mixer of sequences (the others: regard.models.SmallViT)"
+            )
             layer = build_mixer(
                 name, dim, num_heads, causal, layer_idx=index, num_layers=num_layers, max_len=max_len, **own
             )
-            layers.append(Block(dim, layer, round(mlp_ratio * dim), short_conv, dropout))
+            layers.append(Block(dim, layer, round(mlp_ratio * dim), short_conv, dropout, mlp_bias, norm_eps))
         self.blocks = nn.ModuleList(layers)
-        self.norm = nn.RMSNorm(dim)
+        self.norm = nn.RMSNorm(dim, norm_eps)
 
     @property
     def decodes(self) -> bool:
@@ -257,7 +276,8 @@ class SmallLM(nn.Module):
             return None
         device = self.norm.weight.device
         if self.vocab_size is None:
-            ids = torch.zeros(batch, length, self.embedding.in_features, device=device)  # type: ignore[arg-type]
+            width = int(self.embedding.weight.shape[1])  # type: ignore[union-attr, index, arg-type]
+            ids = torch.zeros(batch, length, width, device=device)
         else:
             ids = torch.zeros(batch, length, dtype=torch.long, device=device)
         with torch.no_grad():
@@ -267,7 +287,7 @@ class SmallLM(nn.Module):
         return f"vocab_size={self.vocab_size}, dim={self.dim}, positions={self.positions!r}"
 
 
-def _options_of(
+def options_of(
     names: list[str], given: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 ) -> list[Mapping[str, Any]]:
     if given is None:

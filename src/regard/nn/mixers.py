@@ -39,10 +39,10 @@ class MixerKind:
     """How a name becomes a layer.
 
     Attributes:
-        target: "module:Class" below `regard.nn`; built as `Class(dim, num_heads=..., causal=..., **options)`. Of `causal`, `layer_idx`,
-            `num_layers` and `max_len` it is given those that it takes.
+        target: "module:Class" below `regard.nn`; built as `Class(dim, num_heads=..., causal=..., **options)`. Of `num_heads`, `causal`,
+            `layer_idx`, `num_layers`, `max_len` and `grid` it is given those that it takes.
         options: of this name, before the caller's. causal, full: whether it can be causal, and whether it can see everything.
-        layout: "sequence", (B, N, C), or "map", (B, C, H, W).
+        layout: "sequence", (B, N, C); "grid", (B, height * width, C) of a grid known in advance; or "map", (B, C, H, W).
     """
 
     target: str
@@ -64,6 +64,8 @@ MIXERS: dict[str, MixerKind] = {
     # softmax, all keys or some of them
     "softmax": _kind(".sequence.softmax_attention:SoftmaxAttention"),
     "sliding_window": _kind(".sequence.softmax_attention:SoftmaxAttention", "causal", window=64),
+    "gated": _kind(".sequence.gated_attention:GatedAttention"),
+    "gated_headwise": _kind(".sequence.gated_attention:GatedAttention", gate="headwise"),
     "dynamic_mask": _kind(".sequence.dynamic_mask_attention:DynamicMaskAttention", keep=64),
     "routing": _kind(
         ".sequence.routing_attention:RoutingAttention", num_clusters=4, window=32, block=32, variant="paper"
@@ -78,6 +80,8 @@ MIXERS: dict[str, MixerKind] = {
     "linear": _kind(".sequence.linear_attention:LinearAttention", feature_map="elu+1"),
     "linear_relu": _kind(".sequence.linear_attention:LinearAttention", feature_map="relu"),
     "linear_symmetric": _kind(".sequence.linear_attention:LinearAttention", feature_map="symmetric_softmax"),
+    "based": _kind(".sequence.based:BasedLinearAttention"),
+    "gated_conv": _kind(".sequence.based:GatedShortConv", "causal"),
     "linear_decay": _kind(
         ".sequence.linear_attention:LinearAttention",
         "causal",
@@ -90,8 +94,15 @@ MIXERS: dict[str, MixerKind] = {
     "performer": _kind(".sequence.kernel_mixers:PerformerAttention", "full"),
     "cosformer": _kind(".sequence.kernel_mixers:CosformerAttention", "full"),
     "s4d": _kind(".sequence.s4d:S4D"),
+    # tokens of an image
+    "agent": _kind(".spatial.agent_attention:AgentAttention", "full", "grid", agent_num=4),
+    "inline": _kind(".spatial.inline_attention:InLineAttention", "full", "grid"),
+    "magnitude": _kind(".spatial.magnitude_attention:MagnitudeAwareAttention", "full", "map"),
+    "single_head": _kind(".spatial.single_head_self_attention:SingleHeadSelfAttention", "full", "map"),
     "linear_normalized": _kind(".sequence.linear_attention:NormalizedLinearAttention", "causal"),
     "qlstm": _kind(".sequence.qlstm:QLSTM", "causal"),
+    "rat": _kind(".sequence.recurrent_chunks:RATAttention", "causal"),
+    "gated_recurrence": _kind(".sequence.recurrent_chunks:GatedRecurrence", "causal"),
 }
 """Name -> how to build it. One line a mixer; add yours."""
 
@@ -103,10 +114,10 @@ def _find(target: str) -> Any:
 
 
 @cache
-def _takes(layer: type[nn.Module]) -> frozenset[str]:
+def _takes(target: str) -> frozenset[str]:
     """Named arguments of a class, those that it passes on to its bases with `**options` included."""
     names: set[str] = set()
-    for base in layer.__mro__:
+    for base in _find(target).__mro__:
         if "__init__" not in vars(base) or base is nn.Module:
             continue
         parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
@@ -118,7 +129,7 @@ def _takes(layer: type[nn.Module]) -> frozenset[str]:
 
 def takes(name: str, option: str) -> bool:
     """Whether the mixer called `name` has this option."""
-    return option in _takes(MIXERS[require_name("mixer", name, MIXERS)].layer)
+    return option in _takes(MIXERS[require_name("mixer", name, MIXERS)].target)
 
 
 def mixer_names(causal: bool | None = None, layout: str | None = "sequence") -> list[str]:
@@ -139,6 +150,7 @@ def build_mixer(
     layer_idx: int = 0,
     num_layers: int = 1,
     max_len: int | None = None,
+    grid: tuple[int, int] | None = None,
     **options: Any,
 ) -> nn.Module:
     """The layer called `name`, dim channels in and out.
@@ -146,7 +158,8 @@ def build_mixer(
     Args:
         name: one of `MIXERS`. dim, num_heads: as every mixer has them. causal: whether a token sees no later ones.
         layer_idx, num_layers: which layer of how many, for those whose decay depends on it. max_len: longest sequence, for those that
-            must know. options: the layer's own, over those of `MIXERS[name]`.
+            must know. grid: (height, width) of an image's tokens, for the layout "grid". options: the layer's own, over those of
+            `MIXERS[name]`.
 
     Raises:
         ValueError: an unknown name, an option that the layer does not have, or a pattern that it cannot do.
@@ -157,12 +170,16 @@ def build_mixer(
     if not (kind.causal if causal else kind.full):
         able = ", ".join(mixer_names(causal, kind.layout))
         raise bad_value("mixer", name, f"one that can be {'causal' if causal else 'bidirectional'}: {able}")
-    known = _takes(kind.layer)
+    known = _takes(kind.target)
     for option in options:
         require(option in known, "options", option, f"one of {name!r}: {', '.join(sorted(known))}")
-    given: dict[str, Any] = {"layer_idx": layer_idx, "num_layers": num_layers, "max_len": max_len, "causal": causal}
+    if kind.layout == "grid" and grid is None:
+        raise bad_value("grid", grid, f"(height, width) of the tokens, for the mixer {name!r}")
+    given: dict[str, Any] = {
+        "num_heads": num_heads, "layer_idx": layer_idx, "num_layers": num_layers, "max_len": max_len, "causal": causal, "grid": grid,
+    }  # fmt: skip
     given = {key: value for key, value in given.items() if key in known and value is not None}
-    return kind.layer(dim, num_heads=num_heads, **{**given, **kind.options, **options})
+    return kind.layer(dim, **{**given, **kind.options, **options})
 
 
 def run_mixer(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ anywhere by any number of tokens, and the queries of a chunk are folded into hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ def chunk_recurrent_attention(
     gate: Tensor,
     chunk_size: int,
     *,
-    rope_base: float | None = None,
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None,
     scale: float | None = None,
     state: ChunkRecurrentState | None = None,
     return_state: bool = False,
@@ -70,14 +71,15 @@ def chunk_recurrent_attention(
     Args:
         q, k, v, gate: (B, H, N, D), all of one shape; gate in [0, 1], what the state keeps; it may be wider (float32) than the others.
         chunk_size: tokens of a chunk, counted from the first token of the sequence. N need not be a multiple.
-        rope_base: of rotary positions of queries and states, the position being the number of the chunk; None: none. D even then.
+        rotate: (x (..., D), int64 numbers that broadcast to its other axes) -> x turned by them, for rotary positions: the position
+            of queries and of states is the number of their chunk.
         scale: of the scores, default D ** -0.5.
         state: what an earlier call returned: these tokens come after it. return_state: also give the next one, as a pair.
 
     Returns:
         (B, H, N, D) in q's dtype. Recurrences of half types run in float32.
     """
-    _check(q, k, v, gate, rope_base, state, require_int("chunk_size", chunk_size, 1))
+    _check(q, k, v, gate, state, require_int("chunk_size", chunk_size, 1))
     batch, heads, length, dim = q.shape
     if state is None:
         none, zero = k.new_zeros(batch, heads, 0, dim), k.new_zeros(batch, heads, dim)
@@ -86,22 +88,19 @@ def chunk_recurrent_attention(
         return (q, state) if return_state else q
     scale = dim**-0.5 if scale is None else float(scale)
     begun = state.position % chunk_size  # tokens that the open chunk already has
-    whole, chunks = divmod(begun + length, chunk_size)[0], -(-(begun + length) // chunk_size)
+    whole, chunks = (begun + length) // chunk_size, -(-(begun + length) // chunk_size)
     before, after = begun, chunks * chunk_size - begun - length
     if chunks == 1:  # all in the open chunk: decoding
         before = after = 0
     width = (length + before + after) // chunks
 
-    def fold(x: Tensor) -> Tensor:
-        """(B, H, C, T, D), with nothing before and behind."""
+    def fold(x: Tensor, fill: float = 0.0) -> Tensor:
+        """(B, H, C, T, D), `fill` where there is no token: before the first one and behind the last."""
         if before or after:
-            x = torch.nn.functional.pad(x, (0, 0, before, after))
+            x = torch.nn.functional.pad(x, (0, 0, before, after), value=fill)
         return x.unflatten(2, (chunks, width))
 
-    keep, enter = fold(gate), fold(1 - gate)  # where there is no token nothing enters, and behind them nobody looks
-    if before:
-        keep = torch.cat((torch.ones_like(keep[:, :, :1, :before]), keep[:, :, :1, before:]), dim=3).to(keep.dtype)
-        keep = keep if chunks == 1 else torch.cat((keep, fold(gate)[:, :, 1:]), dim=2)
+    keep, enter = fold(gate, 1.0), fold(1 - gate)  # a place without a token keeps the state as it is
 
     def scan(x: Tensor, last: Tensor) -> Tensor:
         start = torch.zeros(batch, heads, chunks, dim, dtype=last.dtype, device=last.device)
@@ -112,13 +111,16 @@ def chunk_recurrent_attention(
 
     inner_k, inner_v = scan(k, state.last_k), scan(v, state.last_v)
     queries, first = fold(q), state.position // chunk_size
-    own = (queries.to(accumulation_dtype(q.dtype)) * inner_k).sum(-1) * scale  # both of one chunk: turning changes nothing
+    own = (queries.to(accumulation_dtype(q.dtype)) * inner_k).sum(
+        -1
+    ) * scale  # both of one chunk: turning changes nothing
     ends_k, ends_v = inner_k[:, :, :whole, -1], inner_v[:, :, :whole, -1]
-    if rope_base is not None:
-        table = _table(first, chunks, dim, rope_base, q.device)
-        ends_k = _turn(ends_k, tuple(t[:whole] for t in table))
-        queries = _turn(queries, tuple(t[:, None] for t in table))
-    held_k, held_v = torch.cat((state.k, ends_k), dim=2), torch.cat((state.v, ends_v), dim=2)
+    if rotate is not None:
+        number = torch.arange(first, first + chunks, device=q.device)
+        ends_k, queries = rotate(ends_k, number[:whole]), rotate(queries, number[:, None])
+    held_k, held_v = state.k, state.v
+    if whole:
+        held_k, held_v = torch.cat((held_k, ends_k), dim=2), torch.cat((held_v, ends_v), dim=2)
 
     out = inner_v
     if first + chunks > 1:
@@ -134,39 +136,20 @@ def chunk_recurrent_attention(
     if not return_state:
         return out
     last_k, last_v = (t.flatten(2, 3)[:, :, before + length - 1] for t in (inner_k, inner_v))
-    if not whole:
-        held_k, held_v = state.k, state.v
     return out, ChunkRecurrentState(held_k, held_v, last_k, last_v, state.position + length)
 
 
-def _table(first: int, count: int, dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (count, dim / 2) of chunks first, first + 1, ..."""
-    rates = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    angles = torch.arange(first, first + count, device=device, dtype=torch.float32)[:, None] * rates
-    return angles.cos(), angles.sin()
-
-
-def _turn(x: Tensor, table: tuple[Tensor, ...]) -> Tensor:
-    """Channel i with i + D / 2, as `regard.nn.rotate`, which is of a floor above."""
-    cos, sin = (t.to(x.dtype) for t in table)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, rope_base: float | None, state: Any, chunk_size: int
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Any, chunk_size: int) -> None:
     require_tensor("q", q, dims=4, floating=True)
     for name, tensor in (("k", k), ("v", v), ("gate", gate)):
         require_tensor(name, tensor, dims=4, floating=True)
         require(tensor.shape == q.shape, name, f"shape {tuple(tensor.shape)}", f"q's shape {tuple(q.shape)}")
-    if rope_base is not None:
-        require(rope_base > 0, "rope_base", rope_base, "a number > 0, or None")
-        require(q.shape[3] % 2 == 0, "q", f"head_dim {q.shape[3]}", "an even one for rotary positions")
     if state is None:
         return
     if not isinstance(state, ChunkRecurrentState):
         raise bad_type("state", state, "a ChunkRecurrentState")
     need = (q.shape[0], q.shape[1], state.position // chunk_size, q.shape[3])
     found = tuple(state.k.shape)
-    require(found == need, "state", f"k of shape {found}", f"{need} at position {state.position}, chunks of {chunk_size}")
+    require(
+        found == need, "state", f"k of shape {found}", f"{need} at position {state.position}, chunks of {chunk_size}"
+    )

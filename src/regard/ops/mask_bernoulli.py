@@ -13,6 +13,7 @@ from torch import Tensor
 from .._checks import require, require_int
 from .mask_base import Mask
 
+_TABLE_FROM = 4096  # index entries asked about at a time from which a table of all blocks pays
 _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
@@ -66,9 +67,25 @@ class DistanceBernoulli(Mask):
         self.group, self.seed = require_int("group", group, 1), require_int("seed", seed, -(1 << 62))
         require(isinstance(gamma, (int, float)) and gamma >= 0, "gamma", gamma, "a number >= 0")
         self.gamma, self.varies_batch = float(gamma), bool(per_batch)
+        self._table = torch.zeros(0, 0, 0, dtype=torch.bool)
 
     def blocks(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Whether query block i keeps key block j."""
+        numbers = max(x.numel() for x in (b, h, i, j))
+        if self.varies_batch or numbers < _TABLE_FROM or int(torch.minimum(i.min(), j.min())) < 0:
+            return self._drawn(b, h, i, j)
+        return self._known(int(h.max()) // self.group + 1, int(torch.maximum(i.max(), j.max())) + 1, i.device)[
+            h // self.group, i, j
+        ]
+
+    def _known(self, heads: int, blocks: int, device: torch.device) -> Tensor:
+        """All draws up to these numbers, (heads, blocks, blocks): masks are asked for the same blocks entry by entry."""
+        if self._table.shape[0] < heads or self._table.shape[1] < blocks or self._table.device != device:
+            h, i = torch.arange(heads, device=device)[:, None, None], torch.arange(blocks, device=device)
+            self._table = self._drawn(torch.zeros_like(h), h * self.group, i[:, None], i)
+        return self._table
+
+    def _drawn(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         row = b if self.varies_batch else torch.zeros_like(b)
         drawn = hashed_uniform(self.seed, row, h // self.group, i, j) < distance_probability((i - j).abs(), self.gamma)
         return drawn | (i == j) | (j < self.sink)

@@ -133,9 +133,15 @@ def parity(batch: int, length: int, *, generator: torch.Generator | None = None)
 
 
 def in_context_regression(
-    batch: int, length: int, dim: int = 5, *, noise: float = 0.0, generator: torch.Generator | None = None
+    batch: int,
+    length: int,
+    dim: int = 5,
+    *,
+    noise: float = 0.0,
+    noisy_target: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Made:
-    """`length` examples (x, w x + noise) of one linear map a row and then a question x: its w x.
+    """`length` examples (x, w x + noise) of one linear map a row and then a question x: its w x, with `noisy_target` w x + noise.
 
     Inputs (batch, length + 1, dim + 1), targets (batch, 1). x ~ N(0, 1), w ~ N(0, 1 / dim), noise ~ N(0, noise^2). The last entry of a
     token is y, 0 for the question.
@@ -147,8 +153,9 @@ def in_context_regression(
     w = torch.randn(batch, dim, 1, generator=generator) * dim**-0.5
     y = x @ w
     seen = y + noise * torch.randn(y.shape, generator=generator)
+    target = (seen if noisy_target else y)[:, -1].clone()
     seen[:, -1] = 0
-    return torch.cat((x, seen), dim=2), y[:, -1]
+    return torch.cat((x, seen), dim=2), target
 
 
 TASKS: dict[str, Callable[..., Made]] = {

@@ -120,13 +120,14 @@ def train(
         return made[0]
 
     with _processes(model) as (rank, world):
-        run: nn.Module = model
+        run: Any = model
         if world > 1:
             device = next(model.parameters()).device
             run = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
         wrapped = run
         if compile:
-            run = torch.compile(run, **({"backend": compile} if isinstance(compile, str) else {}))  # type: ignore[assignment]
+            options: dict[str, Any] = {"backend": compile} if isinstance(compile, str) else {}
+            run = torch.compile(run, **options)
         device = next(model.parameters()).device
         half = DTYPES[dtype]
 

@@ -22,10 +22,11 @@ def decoder_layer(case):
     layer = regard.nn.GatedAttention(20, 4, num_kv_heads=2, head_dim=8, bias=True, rope_base=500.0).eval()
     own = "self_attn."
     regard.load_official(layer, {name.removeprefix(own): t for name, t in p.items() if name.startswith(own)})
+    exists = torch.isclose(case.inputs["attention_mask"][:, 0, -1], torch.tensor(0.0))  # what the last token sees
     state, outs = None, []
-    for piece in x.split([7, 1, 1, 1], dim=1):
+    for piece, there in zip(x.split([7, 1, 1, 1], dim=1), exists.split([7, 1, 1, 1], dim=1)):
         normed = F.rms_norm(piece, (20,), p["input_layernorm.weight"], 1e-5)
-        mixed, state = layer(normed, state=state, return_state=True)
+        mixed, state = layer(normed, padding_mask=there, state=state, return_state=True)
         y = piece + mixed
         normed = F.rms_norm(y, (20,), p["post_attention_layernorm.weight"], 1e-5)
         hidden = F.silu(normed @ p["mlp.gate_proj.weight"].T) * (normed @ p["mlp.up_proj.weight"].T)

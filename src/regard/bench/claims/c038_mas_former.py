@@ -34,6 +34,7 @@ def measure(scale: Scale) -> Outcome:
     )
     _recall(out, scale, context, block, steps)
     _time(out, scale, length)
+    out.note = "Length, width and steps of the training were chosen over eight trials, because models this small often learn nothing."
     return out
 
 
@@ -44,7 +45,7 @@ def _recall(out: Outcome, scale: Scale, context: int, block: int, steps: int) ->
         found = [_trained(method, context, steps, seed) for seed in range(scale.pick(2, 1))]
         out.add(label, "share of first tokens recalled", "", found)
     dense, mixed, sparse = (out.row(label, "share of first tokens recalled").mean for label in (DENSE, MIXED, SPARSE))
-    out.check("recalled with the first layer full, of all-full", mixed / max(dense, 1e-9), at_least=0.8)
+    out.check("recalled with the first layer full, of all-full", mixed / max(dense, 1e-9), at_least=0.95)
     out.check("recalled with no full layer (chance 0.12)", sparse, at_most=0.25)
 
 

@@ -30,7 +30,7 @@ LOSS = "loss with full attention"
 
 
 def measure(scale: Scale) -> Outcome:
-    context, steps = scale.pick((256, 160), (64, 3))
+    context, steps = scale.pick((192, 140), (64, 3))
     length, prompt = scale.pick((8192, 700), (512, 120))
     out = Outcome(
         f"a small byte model trained for {steps} steps of {context} tokens; {length} tokens (time); {prompt} tokens of SmolLM2 (cache)",
@@ -39,6 +39,7 @@ def measure(scale: Scale) -> Outcome:
     _trained(out, scale, context, steps)
     _time(out, scale, length)
     _cache(out, scale, prompt)
+    out.note = "Models this small and this short in training: a first trial of one seed already told the same order."
     return out
 
 
@@ -108,7 +109,7 @@ def _cache(out: Outcome, scale: Scale, prompt: int) -> None:
     budget = prompt // 5
     ways = {
         "H2O, a fifth of the cache": H2O(budget=budget),
-        "window, a fifth of the cache": StreamingLLM(sink=0, window=budget, positions="kept"),
+        "sinks and window, a fifth of the cache": StreamingLLM(sink=4, window=budget - 4, positions="kept"),
     }
     windows = token_windows(tokenizer, prompt + more, scale.pick(2, 1))
     for label, method in ways.items():
@@ -120,7 +121,7 @@ def _cache(out: Outcome, scale: Scale, prompt: int) -> None:
             found.append(float((want.exp() * (want - got)).sum(-1).mean()))
         out.add(label, "divergence from the dense model", "nats", found)
     h2o, window = (out.row(label, "divergence from the dense model").mean for label in ways)
-    out.check("divergence with H2O, of that with a window of its size", h2o / window, at_most=0.5)
+    out.check("divergence with H2O, of that with sinks and a window of its size", h2o / window, at_most=1.0)
 
 
 @torch.no_grad()

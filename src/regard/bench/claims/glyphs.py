@@ -59,17 +59,28 @@ class _Net(nn.Module):
 
 
 def accuracy(
-    make: Callable[[int], nn.Module], steps: int, seed: int, dim: int = 48, batch: int = 64, held_out: int = 1024
+    make: Callable[[int], nn.Module] | nn.Module,
+    steps: int,
+    seed: int,
+    dim: int = 48,
+    batch: int = 64,
+    held_out: int = 1024,
+    lr: float = 3e-3,
 ) -> tuple[float, nn.Module]:
-    """Share of right answers on fresh images after `steps` steps with mixers `make(dim)`, (B, dim, H, W) kept; and the network."""
+    """Share of right answers on fresh images after `steps` steps with mixers `make(dim)`, (B, dim, H, W) kept; and the network.
+
+    Given a network that an earlier call returned, that one is trained on (0 steps: only asked).
+    """
     torch.manual_seed(seed)
-    net, generator = _Net(make, dim), torch.Generator().manual_seed(seed)
+    net, generator = make if isinstance(make, _Net) else _Net(make, dim), torch.Generator().manual_seed(seed)
+    net.train()
 
     def loss(step: int) -> Tensor:
         images, colours = glyphs(batch, generator)
         return F.cross_entropy(net(images), colours)
 
-    train(net.parameters(), loss, steps, lr=3e-3)
+    if steps:
+        train(net.parameters(), loss, steps, lr=lr)
     net.eval()
     with torch.no_grad():
         images, colours = glyphs(held_out, torch.Generator().manual_seed(10_000 + seed))

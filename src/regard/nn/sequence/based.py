@@ -72,7 +72,9 @@ class BasedSlidingAttention(SoftmaxAttention):
         dim, num_heads, num_kv_heads (default num_heads). window_size: W.
         variant: "released": a token sees itself and the W // 2 tokens before it, as the authors' code halves the window that it hands to
             flash-attention, which takes it for one side; "paper": W tokens, itself included.
-        rope_base: of rotary positions; None: none. bias: of all projections (none in the authors' configurations). dropout: of weights.
+        rope_base: of rotary positions; None: none. rope_dims: channels of a head that turn, the first ones; default all.
+        bias: of all projections (none in the authors' configurations); out_bias: of the last one, if not as `bias`.
+        dropout: of weights, in training.
 
     Memory while decoding is that of the window.
     """
@@ -86,7 +88,9 @@ class BasedSlidingAttention(SoftmaxAttention):
         variant: str = "released",
         num_kv_heads: int | None = None,
         rope_base: float | None = 10000.0,
+        rope_dims: int | None = None,
         bias: bool = False,
+        out_bias: bool | None = None,
         dropout: float = 0.0,
     ) -> None:
         require_name("variant", variant, ("released", "paper"))
@@ -98,9 +102,12 @@ class BasedSlidingAttention(SoftmaxAttention):
             num_kv_heads=num_kv_heads,
             window=window_size // 2 + 1 if variant == "released" else window_size,
             rope_base=rope_base,
+            rope_dims=rope_dims,
             bias=bias,
             dropout=dropout,
         )
+        if out_bias is not None:
+            self.o_proj = nn.Linear(self.o_proj.in_features, dim, bias=out_bias)
 
     @staticmethod
     def official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:

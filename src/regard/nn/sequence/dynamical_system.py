@@ -1,7 +1,8 @@
 """Layers as linear systems that vary in time: `as_ltv(layer, x)` gives Lambda, B, C, D of attention, state space and recurrent layers.
 
 Understanding the differences in Foundation Models (Sieber et al. 2024, NeurIPS, arXiv 2405.15731): with all of them in one form, what
-tells them apart is how the state forgets, what enters it and how large it is. There: attention with features phi, psi and a normaliser eta has
+tells them apart is how the state forgets, what enters it and how large it is. There: attention with features phi, psi and a normaliser
+eta has
 Lambda_i = eta_(i-1) / eta_i, B_i = psi(k_i) (x) W_V / eta_i, C_i = phi(q_i)^T (x) I; S6 has Lambda_i = exp(-Delta_i A); qLSTM sigmoid(f_i).
 What differs: softmax attention has no such system of fixed size, here it is offered in two: with one slot of the state a token (which is
 what a KV cache is), or with exp as its Taylor series of some order.
@@ -86,7 +87,8 @@ def _heads(layer: nn.Module, x: Tensor, *names: str) -> list[Tensor]:
     if isinstance(layer, SoftmaxAttention):
         made = [layer.q_norm(made[0]), layer.k_norm(made[1])]
     if layer.rope_base is not None:
-        table = rotary_table(torch.arange(x.shape[1], device=x.device), width, layer.rope_base)  # type: ignore[arg-type]
+        dims: int = getattr(layer, "rope_dims", width)  # type: ignore[assignment]
+        table = rotary_table(torch.arange(x.shape[1], device=x.device), dims, layer.rope_base)  # type: ignore[arg-type]
         made = [rotate(one, table) for one in made]
     return made
 

@@ -48,7 +48,7 @@ class GatedAttention(SoftmaxAttention):
     With the gate where the paper finds it best, `y = o_proj(sigmoid(gate_proj(x)) * attention(x))`.
 
     Args:
-        dim, num_heads, causal: as of `SoftmaxAttention`, like all `options` (num_kv_heads, head_dim, window, rope_base, qk_norm, bias, dropout).
+        dim, num_heads, causal, options (num_kv_heads, head_dim, window, rope_base, qk_norm, bias, dropout): as of `SoftmaxAttention`.
         gate: "elementwise", one factor a channel, "headwise", one a head, or None: plain attention.
         place: what is gated: "attention" (the heads' outputs; G1 of the paper), "value" (G2), "key" (G3), "query" (G4), each straight
             after its projection and so before `qk_norm`, or "output" (after the output projection; G5, elementwise only). The paper's

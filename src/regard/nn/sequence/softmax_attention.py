@@ -20,15 +20,18 @@ __all__ = ["SoftmaxAttention", "SoftmaxState"]
 
 @dataclass
 class SoftmaxState:
-    """What the layer carries while decoding: k, v (B, Hkv, n, D), at most `window - 1` of them with a window; tokens seen so far."""
+    """What the layer carries while decoding: k, v (B, Hkv, n, D), at most `window - 1` of them with a window; tokens seen so far;
+    which of the n are tokens and no padding, (B, n) bool, None: all."""
 
     k: Tensor
     v: Tensor
     position: int
+    exists: Tensor | None = None
 
     def select(self, rows: Tensor) -> SoftmaxState:
         """Batch row i becomes what row `rows[i]` was."""
-        return SoftmaxState(self.k[rows], self.v[rows], self.position)
+        exists = None if self.exists is None else self.exists[rows]
+        return SoftmaxState(self.k[rows], self.v[rows], self.position, exists)
 
 
 class SoftmaxAttention(nn.Module):
@@ -37,7 +40,8 @@ class SoftmaxAttention(nn.Module):
     Args:
         dim, num_heads, num_kv_heads (default num_heads), head_dim (default dim / num_heads).
         causal: whether a token sees no later ones. window: keys that a token sees, itself included (causal only); None: all.
-        rope_base: of rotary positions; None: none. qk_norm: RMSNorm of each head's queries and keys, before the rotation.
+        rope_base: of rotary positions; None: none. rope_dims: channels of a head that turn, the first ones; default all.
+        qk_norm: RMSNorm of each head's queries and keys, before the rotation.
         bias: of the q, k and v projections and of the output. dropout: of attention weights, in training.
     """
 
@@ -51,6 +55,7 @@ class SoftmaxAttention(nn.Module):
         head_dim: int | None = None,
         window: int | None = None,
         rope_base: float | None = None,
+        rope_dims: int | None = None,
         qk_norm: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
@@ -70,12 +75,11 @@ class SoftmaxAttention(nn.Module):
         self.head_dim = dim // num_heads if head_dim is None else require_int("head_dim", head_dim, 1)
         require(window is None or causal, "window", window, "None where not causal")
         self.causal, self.window = bool(causal), None if window is None else require_int("window", window, 1)
-        require(
-            rope_base is None or self.head_dim % 2 == 0,
-            "head_dim",
-            self.head_dim,
-            "an even number for rotary positions",
-        )
+        self.rope_dims = self.head_dim if rope_dims is None else require_int("rope_dims", rope_dims, 2)
+        if rope_base is not None:
+            name = "head_dim" if rope_dims is None else "rope_dims"
+            need = f"an even number for rotary positions, at most head_dim ({self.head_dim})"
+            require(self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim, name, self.rope_dims, need)
         self.rope_base, self.dropout = rope_base, require_rate("dropout", dropout)
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=bias)
@@ -83,8 +87,18 @@ class SoftmaxAttention(nn.Module):
         self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, *, state: SoftmaxState | None = None, return_state: bool = False) -> Any:
-        """x (B, N, dim) -> (B, N, dim), or (that, SoftmaxState) with `return_state`; `state`: what an earlier call returned."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: SoftmaxState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """x (B, N, dim) -> (B, N, dim), or (that, SoftmaxState) with `return_state`; `state`: what an earlier call returned.
+
+        padding_mask: (B, N), nonzero for tokens that exist. The others are seen by nobody but themselves; positions count them.
+        """
         require_tensor("x", x, dims=3, floating=True)
         require(x.shape[2] == self.dim, "x", f"shape {tuple(x.shape)}", f"(B, N, {self.dim})")
         if state is not None and not isinstance(state, SoftmaxState):
@@ -95,18 +109,23 @@ class SoftmaxAttention(nn.Module):
         past = 0 if state is None else state.position
         q, v = self._temper(q, v, x, past)
         if self.rope_base is not None:
-            table = rotary_table(torch.arange(past, past + x.shape[1], device=x.device), self.head_dim, self.rope_base)
+            table = rotary_table(torch.arange(past, past + x.shape[1], device=x.device), self.rope_dims, self.rope_base)
             q, k = rotate(q, table), rotate(k, table)
         if state is not None:
             need = f"({x.shape[0]}, {self.num_kv_heads}, n, {self.head_dim})"
             fits = (*state.k.shape[:2], state.k.shape[3]) == (x.shape[0], self.num_kv_heads, self.head_dim)
             require(fits, "state", f"k of shape {tuple(state.k.shape)}", need)
             k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)
+        exists = self._exists(x, padding_mask, state)
         mask: masks.Mask | None = masks.causal if self.causal else None
         if self.window is not None:
             mask = masks.sliding_window(self.window) & masks.causal
         if mask is not None and x.shape[1] == 1 and (self.window is None or k.shape[2] <= self.window):
             mask = None  # the last token may see all that is held
+        if exists is not None:
+            seen = exists
+            there = masks.as_mask(lambda b, h, q_idx, kv_idx: seen[b, kv_idx] | (q_idx == kv_idx))
+            mask = there if mask is None else mask & there
         out = attention(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
         y = self._combine(out, x)
         if not return_state:
@@ -114,7 +133,43 @@ class SoftmaxAttention(nn.Module):
         if self.window is not None:
             first = max(0, k.shape[2] - self.window + 1)
             k, v = k[:, :, first:].contiguous(), v[:, :, first:].contiguous()  # what no later token can see is freed
-        return y, SoftmaxState(k, v, past + x.shape[1])
+            exists = None if exists is None else exists[:, first:]
+        return y, SoftmaxState(k, v, past + x.shape[1], exists)
+
+    @torch.no_grad()
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Who looks at whom, (B, H, N, N), rows summing to 1: for probes, at the memory of a matrix a head."""
+        require_tensor("x", x, dims=3, floating=True)
+        q, k, v = self._project(x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, _ = self._temper(q, v, x, 0)
+        if self.rope_base is not None:
+            table = rotary_table(torch.arange(x.shape[1], device=x.device), self.rope_dims, self.rope_base)
+            q, k = rotate(q, table), rotate(k, table)
+        scores = q @ k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1).mT * self.head_dim**-0.5
+        place = torch.arange(x.shape[1], device=x.device)
+        age = place[:, None] - place
+        if self.causal:
+            scores = scores.masked_fill(age < 0, -torch.inf)
+        if self.window is not None:
+            scores = scores.masked_fill(age >= self.window, -torch.inf)
+        return scores.softmax(-1)
+
+    @staticmethod
+    def _exists(x: Tensor, padding_mask: Tensor | None, state: SoftmaxState | None) -> Tensor | None:
+        """(B, keys) bool, the state's first; None where nothing is padding."""
+        before = None if state is None else state.exists
+        if padding_mask is not None:
+            require_tensor("padding_mask", padding_mask)
+            need = f"{tuple(x.shape[:2])}, that of x"
+            require(padding_mask.shape == x.shape[:2], "padding_mask", f"shape {tuple(padding_mask.shape)}", need)
+        if padding_mask is None and before is None:
+            return None
+        here = x.new_ones(x.shape[:2], dtype=torch.bool) if padding_mask is None else padding_mask.bool()
+        if state is None:
+            return here
+        before = here.new_ones(len(here), state.k.shape[2]) if before is None else before
+        return torch.cat((before, here), dim=1)
 
     # What layers built on this one change: the projections, queries and values before they meet, heads into the output.
 

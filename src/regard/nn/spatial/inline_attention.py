@@ -296,9 +296,7 @@ _CONSTANTS = ("attn_mask", "relative_position_index")  # buffers of the authors'
 
 def _rename(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """The authors' names of the attention below `prefix` in ours."""
-    state = {
-        name: tensor for name, tensor in state.items() if not name.endswith("attn_mask")
-    }  # Swin's, which nothing reads
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(_CONSTANTS)}
     for kind in ("weight", "bias"):
         if f"{prefix}kv.{kind}" in state:
             parts = state.pop(f"{prefix}q.{kind}"), state.pop(f"{prefix}kv.{kind}")

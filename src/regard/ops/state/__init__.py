@@ -19,6 +19,7 @@ _TABLE = {
     "layer_log_decay": ".decay",
     "feature_maps": ".feature_maps:",
     "orthogonal_projection": ".favor",
+    "TaylorExp": ".feature_maps",
     "relu_features": ".favor",
     "softmax_features": ".favor",
 }
