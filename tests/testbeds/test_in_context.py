@@ -141,7 +141,7 @@ def test_training_learns_and_goes_on(tmp_path):
         (lambda: in_context.ridge_risk(0.1, 0.0), "ratio"),
         (lambda: in_context.approximate_loss(torch.ones(2), torch.ones(2), 5, 0, 0.1), "length"),
         (lambda: in_context.gradient_flow(torch.ones(2), torch.ones(2), 5, 9, 0.1, rate=0.0), "rate"),
-        (lambda: in_context.best_mu(torch.tensor([0.25, 0.25]), 5, 40, 0.1), "omega"),
+        (lambda: in_context.best_mu(torch.tensor([0.3, 0.1, 0.3]), 5, 40, 0.1), "omega"),
         (lambda: in_context.train_in_context(2, 0), "dim"),
     ],
 )

@@ -3,6 +3,7 @@
 from .._lazy import lazy_exports
 
 _TABLE = {
+    "BasedLM": ".based",
     "BlockOutput": ".block_transformer",
     "BlockState": ".block_transformer",
     "BlockTransformer": ".block_transformer",

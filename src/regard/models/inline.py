@@ -23,8 +23,8 @@ from ..nn.spatial.inline_attention import InLineBlock
 
 __all__ = ["InLineDeiT", "InLineSwin", "inline_deit", "inline_swin"]
 
-DEIT = {"t": (192, 6), "s": (320, 10), "b": (384, 12)}
-"""Size -> width and heads (of 32 channels)."""
+DEIT = {"t": (192, 6, 224), "s": (320, 10, 288), "b": (384, 12, 448)}
+"""Size -> width, heads (of 32 channels), side of the images it was published for."""
 SWIN = {
     "t": (96, (2, 2, 6, 2), (3, 6, 12, 24), "IIIS", 0.2),
     "s": (96, (2, 2, 18, 2), (3, 6, 12, 24), "IISS", 0.3),
@@ -171,6 +171,7 @@ class InLineSwin(nn.Module):
         _check_image(x, self.in_channels, self.image_size)
         x = self.patch_norm(self.patch_embed(x).flatten(2).transpose(1, 2))
         for stage in self.stages:
+            assert isinstance(stage, nn.ModuleDict)
             x = stage["blocks"](x)
             x = stage["downsample"](x) if "downsample" in stage else x
         return self.head(self.norm(x).mean(dim=1))
@@ -222,10 +223,15 @@ def _init(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def inline_deit(size: str = "t", num_classes: int = 1000, image_size: int = 224, drop_path: float = 0.0) -> InLineDeiT:
-    """InLine-DeiT-T, S or B (`size` "t", "s", "b": 192, 320, 384 channels, heads of 32) with random weights."""
-    dim, heads = DEIT[require_name("size", size, DEIT)]
-    return InLineDeiT(dim, 12, heads, image_size=image_size, num_classes=num_classes, drop_path=drop_path)
+def inline_deit(
+    size: str = "t", num_classes: int = 1000, image_size: int | None = None, drop_path: float = 0.0
+) -> InLineDeiT:
+    """InLine-DeiT-T, S or B (`size` "t", "s", "b": 192, 320, 384 channels, heads of 32) with random weights.
+
+    image_size: side in pixels; None is that of the published configuration.
+    """
+    dim, heads, side = DEIT[require_name("size", size, DEIT)]
+    return InLineDeiT(dim, 12, heads, image_size=image_size or side, num_classes=num_classes, drop_path=drop_path)
 
 
 def inline_swin(size: str = "t", num_classes: int = 1000, drop_path: float | None = None) -> InLineSwin:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class L2ViT(nn.Module):
         for i, end in enumerate(accumulate(depths)):
             stage = nn.ModuleList()
             for j, rate in enumerate(rates[end - depths[i] : end]):
-                shared = {"mlp_ratio": mlp_ratio, "cpe_act": cpe_act, "drop_path": rate}
+                shared: dict[str, Any] = {"mlp_ratio": mlp_ratio, "cpe_act": cpe_act, "drop_path": rate}
                 if j % 2 == 0:
                     stage.append(LocalWindowBlock(dims[i], num_heads[i], window, **shared))
                 else:
@@ -113,7 +114,8 @@ class L2ViT(nn.Module):
         for i, stage in enumerate(self.stages):
             if i:
                 tokens, grid = self.downsamples[i - 1](tokens, grid)
-            for block in stage:  # type: ignore[union-attr]
+            assert isinstance(stage, nn.ModuleList)
+            for block in stage:
                 tokens = block(tokens, grid)
             maps.append(tokens_to_map(tokens, grid))
         return tuple(maps)

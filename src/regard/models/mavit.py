@@ -114,6 +114,7 @@ class MAViT(nn.Module):
         require_feature_map(x, self.in_channels)
         x, maps = self.stem(x), []
         for stage in self.stages:
+            assert isinstance(stage, nn.ModuleDict)
             maps.append(stage["blocks"](x))
             x = stage["downsample"](maps[-1]) if "downsample" in stage else maps[-1]
         return tuple(maps)

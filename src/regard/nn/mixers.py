@@ -3,7 +3,8 @@
 `build_mixer("lightning", dim=128, num_heads=4)` gives the layer itself, (B, N, dim) -> (B, N, dim). What a layer may have beside that,
 found by its signature and not by its type:
 
-- a second result: a scalar, which training adds to the task's loss (`run_mixer` keeps it apart);
+- a second result (always, or with `return_aux=True`): a scalar, or what has a scalar `balance_loss`, which training adds to the task's
+  loss (`run_mixer` keeps it apart);
 - `layer(x, state=..., return_state=True) -> (y, state)`, or `layer.step(x (B, 1, dim), state) -> (y, state)`: decoding (`decode_mixer`).
 """
 
@@ -66,9 +67,16 @@ MIXERS: dict[str, MixerKind] = {
     "sliding_window": _kind(".sequence.softmax_attention:SoftmaxAttention", "causal", window=64),
     "gated": _kind(".sequence.gated_attention:GatedAttention"),
     "gated_headwise": _kind(".sequence.gated_attention:GatedAttention", gate="headwise"),
+    "mixture_of_heads": _kind(".sequence.mixture_of_heads:MixtureOfHeadAttention", shared=1, active=2),
+    "relative_conv": _kind(".sequence.rcmha:RelativeConvAttention"),
+    "selective": _kind(".sequence.selective_attention:SelectiveAttention", "causal", variant="paper"),
+    "selective_position": _kind(".sequence.selective_attention:SelectiveAttention", "causal"),
     "dynamic_mask": _kind(".sequence.dynamic_mask_attention:DynamicMaskAttention", keep=64),
     "routing": _kind(
         ".sequence.routing_attention:RoutingAttention", num_clusters=4, window=32, block=32, variant="paper"
+    ),
+    "sparse_linear": _kind(
+        ".sequence.sparse_linear_attention:SparseLinearAttention", "causal", causal=True, k=8, width=16, max_len=2048
     ),
     "combiner": _kind(".sequence.combiner_attention:CombinerAttention", segment=16),
     "long_short": _kind(
@@ -98,6 +106,8 @@ MIXERS: dict[str, MixerKind] = {
     "agent": _kind(".spatial.agent_attention:AgentAttention", "full", "grid", agent_num=4),
     "inline": _kind(".spatial.inline_attention:InLineAttention", "full", "grid"),
     "magnitude": _kind(".spatial.magnitude_attention:MagnitudeAwareAttention", "full", "map"),
+    "relu_floor": _kind(".spatial.l2vit_blocks:ReluLinearAttention", "full"),
+    "key_driven": _kind(".sequence.grouped_query_attention:GroupedQueryAttention", "full", allocation="key_norm"),
     "single_head": _kind(".spatial.single_head_self_attention:SingleHeadSelfAttention", "full", "map"),
     "linear_normalized": _kind(".sequence.linear_attention:NormalizedLinearAttention", "causal"),
     "qlstm": _kind(".sequence.qlstm:QLSTM", "causal"),
@@ -170,7 +180,7 @@ def build_mixer(
     if not (kind.causal if causal else kind.full):
         able = ", ".join(mixer_names(causal, kind.layout))
         raise bad_value("mixer", name, f"one that can be {'causal' if causal else 'bidirectional'}: {able}")
-    known = _takes(kind.target)
+    known = _takes(kind.target) | set(kind.options)
     for option in options:
         require(option in known, "options", option, f"one of {name!r}: {', '.join(sorted(known))}")
     if kind.layout == "grid" and grid is None:
@@ -184,7 +194,7 @@ def build_mixer(
 
 def run_mixer(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """(what the layer makes of x, its own loss or None)."""
-    out = layer(x)
+    out = layer(x, return_aux=True) if _forward_has(layer, "return_aux") else layer(x)
     if isinstance(out, Tensor):
         return out, None
     y, aux = out[0], out[1] if len(out) > 1 else None
@@ -192,15 +202,15 @@ def run_mixer(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return y, aux if isinstance(aux, Tensor) and aux.dim() == 0 else None
 
 
-def _forward_has_state(layer: nn.Module) -> bool:
-    return {"state", "return_state"} <= set(inspect.signature(layer.forward).parameters)
+def _forward_has(layer: nn.Module, *names: str) -> bool:
+    return set(inspect.signature(layer.forward).parameters).issuperset(names)
 
 
 def can_decode(layer: nn.Module) -> bool:
     """Whether the layer goes on from a state, and so needs no token twice."""
     if not getattr(layer, "causal", True):
         return False
-    return _forward_has_state(layer) or callable(getattr(layer, "step", None))
+    return _forward_has(layer, "state", "return_state") or callable(getattr(layer, "step", None))
 
 
 def decode_mixer(layer: nn.Module, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -213,7 +223,7 @@ def decode_mixer(layer: nn.Module, x: Tensor, state: Any = None) -> tuple[Tensor
         raise bad_value(
             "layer", type(layer).__name__, "a causal mixer with a state: `forward(x, state=, return_state=)` or `step`"
         )
-    if _forward_has_state(layer):
+    if _forward_has(layer, "state", "return_state"):
         return layer(x, state=state, return_state=True)
     outs = []
     for token in x.split(1, dim=1):

@@ -80,3 +80,23 @@ def fla(case):
         "norm": linear_attention(q, k, v, feature_map=TaylorExp(), normalize=True, eps=1e-6),
         "plain_scale": linear_attention(q, k, v, feature_map=TaylorExp(scale=0.7)),
     }
+
+
+def network(case):
+    given = case.meta["official_kwargs"]
+    model = regard.models.BasedLM(
+        given["vocab_size"], given["n_embd"], given["n_layer"], given["n_head"], feature_dim=given["feature_dim"],
+        linear_layers=given["alt_mixer_layers"], window_layers=given["alt_mixer_2_layers"],
+        window_size=given["window_size"], hidden=given["n_inner"],
+    ).eval()  # fmt: skip
+    regard.load_official(model, case.params)
+    ids, state, pieces = case.inputs["ids"], None, []
+    for piece in ids.split([9, 1, 7], dim=1):
+        logits, state = model(piece, state, return_state=True)
+        pieces.append(logits)
+    whole, hidden = model(ids), []
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+    hook = model.norm.register_forward_hook(lambda module, args, out: hidden.append(out))
+    model(ids)
+    hook.remove()
+    return {"logits": whole, "hidden": hidden[0]}

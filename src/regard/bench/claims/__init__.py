@@ -57,6 +57,7 @@ MODULES = {
     "181": "c181_dma",
     "182": "c182_icl_multihead",
     "150": "c150_long_heads",
+    "162": "c162_rcmha",
     "167": "c167_retrieval_attention",
     "189": "c189_largepig",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ SAYS = (
     "keys (best: DGQA, up to 8 % on Tiny-ImageNet) are more accurate than equal groups."
 )
 HEADS, GROUPS = 8, 4
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "equal groups": {},
     "KDGQA": {"allocation": "key_norm"},
     "DGQA, ema": {"allocation": "key_norm_ema", "every": 30},

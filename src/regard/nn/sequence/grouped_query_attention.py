@@ -91,8 +91,8 @@ class GroupedQueryAttention(nn.Module):
             self.register_buffer("cache", torch.zeros(groups))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """attn_mask: broadcastable to (B, num_heads, N, N); bool, True where a token may be seen, or numbers added to the scores. is_causal: no
-        token sees later ones. Both as timm's blocks pass them; norms of keys are of all tokens, masked or not.
+        """attn_mask: broadcastable to (B, num_heads, N, N); bool, True where a token may be seen, or numbers added to the scores.
+        is_causal: no token sees later ones. Both as timm's blocks pass them; norms of keys are of all tokens, masked or not.
         """
         require_tensor("x", x, dims=3, floating=True)
         require(x.shape[2] == self.dim, "x", f"shape {tuple(x.shape)}", f"(B, N, {self.dim})")

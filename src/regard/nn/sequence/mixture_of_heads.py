@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..._checks import require, require_int, require_tensor
+from ...ops import masks
 from ...ops.attention import attention
 from ...ops.head_routing import HeadRouting, selected_rows_attention
 from .head_routing import OFFICIAL_ROUTER_KEYS, HeadRouter, head_counts
@@ -38,6 +39,7 @@ class MixtureOfHeadAttention(nn.Module):
         attn_drop, proj_drop: dropout of attention weights and of the output, in [0, 1).
         skip_inactive: compute attention only for the (head, token) pairs in use, instead of computing all and multiplying by zero.
             Same numbers up to rounding; worth it for long sequences and few active heads.
+        causal: a token sees no later ones, whatever `mask` allows.
         variant: "released" (default, the numbers of the authors' checkpoints) or "paper"; see `regard.ops.route_heads`.
 
     Shapes: `forward(x (B, N, dim), mask=None) -> (B, N, dim)`; with `return_aux=True` a pair of that and a
@@ -63,6 +65,7 @@ class MixtureOfHeadAttention(nn.Module):
         proj_drop: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         skip_inactive: bool = False,
+        causal: bool = False,
         variant: str = "released",
     ) -> None:
         super().__init__()
@@ -79,7 +82,7 @@ class MixtureOfHeadAttention(nn.Module):
         self.head_dim = require_int("head_dim", head_dim, 1)
         require(0.0 <= attn_drop < 1.0, "attn_drop", attn_drop, "a probability in [0, 1)")
         self.attn_drop = attn_drop
-        self.skip_inactive = skip_inactive
+        self.skip_inactive, self.causal = skip_inactive, bool(causal)
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
         self.q_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
@@ -95,6 +98,8 @@ class MixtureOfHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Any = None, *, return_aux: bool = False) -> Tensor | tuple[Tensor, HeadRouting]:
         """`mask`: who may look at whom, anything `regard.ops.attention` takes (a `regard.masks` mask, a bool tensor)."""
+        if self.causal:
+            mask = masks.causal if mask is None else masks.as_mask(mask) & masks.causal
         require_tensor("x", x, dims=3, floating=True)
         require(x.shape[-1] == self.dim, "x", f"shape {tuple(x.shape)}", f"(B, N, {self.dim})")
         routing = self.router(x)

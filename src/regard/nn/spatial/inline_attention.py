@@ -12,6 +12,7 @@ linear stages do.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -207,7 +208,7 @@ class InLineBlock(nn.Module):
         self.linear = bool(linear)
         self.attn: nn.Module
         if linear:
-            options = {"qkv_bias": qkv_bias, "feature_map": feature_map, "proj_drop": drop}
+            options: dict[str, Any] = {"qkv_bias": qkv_bias, "feature_map": feature_map, "proj_drop": drop}
             self.attn = InLineAttention(dim, num_heads, self.window or self.grid, cls_tokens, **options)
         else:
             require(self.window is not None, "window", window, "a window where linear=False")
@@ -281,9 +282,10 @@ class InLineCSWinBlock(InLineBlock):
 
     def forward(self, x: Tensor, grid: int | Grid | None = None) -> Tensor:
         attn = self.attn
-        grid = attn._check(x, grid)
+        assert isinstance(attn, InLineAttention)
+        cells = attn._check(x, grid)
         q, k, v = attn.qkv(self.norm1(x)).chunk(3, dim=-1)
-        image = tokens_to_map(v, grid)
+        image = tokens_to_map(v, cells)
         assert attn.residual is not None
         local = attn.residual(image, x.mean(dim=1)) + self.lepe(image)
         mixed = attn.proj_drop(attn.proj(attn._global(q, k, v) + local.flatten(2).transpose(1, 2)))

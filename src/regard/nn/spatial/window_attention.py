@@ -30,6 +30,8 @@ class WindowSoftmaxAttention(nn.Module):
     those of image after image.
     """
 
+    offsets: Tensor
+
     def __init__(
         self,
         dim: int,
