@@ -18,6 +18,7 @@ _TABLE = {
     "methods": ".methods:",
     "lens": ".lens:",
     "losses": ".losses:",
+    "testbeds": ".testbeds:",
     "bench": ".bench:",
     "papers": ".papers:",
     "scale": ".scale:",

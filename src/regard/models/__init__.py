@@ -26,6 +26,8 @@ _TABLE = {
     "mavit": ".mavit",
     "Sampling": ".sampling",
     "parse_layers": ".fit_stages",
+    "PointerHead": ".pointer_network",
+    "PointerNetwork": ".pointer_network",
     "SHViT": ".shvit",
     "SmallLM": ".small_lm",
     "SmallLMState": ".small_lm",

@@ -90,7 +90,7 @@ class BasedLM(SmallLM):
         both = sorted(set(linear_layers) & set(window_layers))
         require(not both, "window_layers", both, "none of linear_layers")
         hidden = 2 * dim if hidden is None else require_int("hidden", hidden, 1)
-        own = {
+        own: dict[str, dict[str, Any]] = {
             "gated_conv": {"expand": expand, "kernel_size": kernel_size},
             "based": {"feature_dim": feature_dim, "eps": eps, "compact": compact},
             "sliding_window": {"window": require_int("window_size", window_size, 1) // 2 + 1},
@@ -113,7 +113,7 @@ class BasedLM(SmallLM):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 ends = name.endswith((".out_proj", ".o_proj", ".fc2"))
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * num_layers) if ends else 0.02)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     @classmethod
@@ -142,9 +142,13 @@ class BasedLM(SmallLM):
             else:
                 ours[f"blocks.{index}.{parts.get(part, part)}.{rest}"] = tensor
         for index, given in mixers.items():
-            kind = BasedSlidingAttention if "Wqkv.weight" in given else BasedLinearAttention
-            kind = GatedShortConv if "conv.conv.weight" in given else kind
-            ours.update({f"blocks.{index}.mixer.{key}": tensor for key, tensor in kind.official_keys(given).items()})
+            if "Wqkv.weight" in given:
+                renamed = BasedSlidingAttention.official_keys(given)
+            elif "conv.conv.weight" in given:
+                renamed = GatedShortConv.official_keys(given)
+            else:
+                renamed = BasedLinearAttention.official_keys(given)
+            ours.update({f"blocks.{index}.mixer.{key}": tensor for key, tensor in renamed.items()})
         if "embedding.weight" in ours:
             ours.setdefault("head.weight", ours["embedding.weight"])  # tied weights are often saved once
         return ours

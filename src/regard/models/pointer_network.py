@@ -1,7 +1,8 @@
 """Pointer networks: a recurrent model whose outputs are positions of its input.
 
 Pointer Networks (Vinyals et al. 2015, NeurIPS, arXiv 1506.03134). No code of the authors is known; the equations are the paper's.
-What it leaves open, decided here: the end of an output is place 0 of what can be pointed to, a learned encoder state; the go symbol is a learned input.
+What it leaves open, decided here: the end of an output is place 0 of what can be pointed to, a learned encoder state; the go symbol is a
+learned input.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class PointerNetwork(nn.Module):
         Args:
             beam: outputs kept at a time. constraint: "distinct": no index twice; "tour": the same, and no end before all have been
                 named, so that every output is a permutation; impossible places count as probability 0, the others as they are.
-            max_steps: indices at most; default N. Without an end, outputs have that many.
+            max_steps: indices at most; default as many as a row has points (always so with "tour"). Without an end, outputs have that many.
         """
         require_int("beam", beam, 1)
         require_name("constraint", constraint, CONSTRAINTS)
@@ -154,11 +155,13 @@ class PointerNetwork(nn.Module):
         steps = count if max_steps is None else require_int("max_steps", max_steps, 0)
         need = f"at most N ({count}), or constraint='none'"
         require(constraint == "none" or steps <= count, "max_steps", steps, need)
+        require(constraint != "tour" or max_steps is None, "max_steps", max_steps, "None for a tour")
         uneven = lengths is not None and bool((lengths < count).any())
         require(
             shift == 1 or constraint == "none" or not uneven, "lengths", "rows of several lengths", "equal ones, or end"
         )
         rows = torch.arange(batch, device=points.device)[:, None]
+        limit = real[:, shift:].sum(1) if max_steps is None else torch.full_like(rows[:, 0], steps)
         score = points.new_full((batch, beam), -torch.inf)
         score[:, 0] = 0.0
         done = torch.zeros(batch, beam, dtype=torch.bool, device=points.device)
@@ -175,9 +178,9 @@ class PointerNetwork(nn.Module):
             if shift:
                 allowed = allowed.clone()
                 allowed[..., 0] = ~free[..., 1:].any(-1) if constraint == "tour" else True
-                if step == steps:
-                    allowed[..., 1:] = False
-                    allowed[..., 0] = True
+                over = limit <= step
+                allowed[..., 1:] &= ~over[:, None, None]
+                allowed[..., 0] |= over[:, None]
             found = found.masked_fill(~allowed, -torch.inf)
             if shift:  # what has ended stays as it is
                 stay = torch.full_like(found, -torch.inf)

@@ -52,7 +52,7 @@ class RATLM(SmallLM):
         allowed = ("mlp_ratio", "rope_base", "dropout", "max_len")
         for name in options:
             require_name("option", name, allowed)
-        own = {
+        own: dict[str, dict[str, Any]] = {
             "rat": {"chunk_size": chunk_size, "num_groups": num_groups},
             "local": {"window": require_int("window", window, 0) + 1},
         }

@@ -59,7 +59,7 @@ def measure(scale: Scale) -> Outcome:
 def _look(model: SmallLM, parts: list[torch.Tensor]) -> tuple[list[float], list[float], list[float]]:
     """Loss, attention of later tokens on the first one and mean gate, each for every part."""
     seen: list[tuple[Any, torch.Tensor]] = []
-    mixers = [block.mixer for block in model.blocks]
+    mixers: list[Any] = [block.mixer for block in model.blocks]
     hooks = [mixer.register_forward_pre_hook(lambda layer, given: seen.append((layer, given[0]))) for mixer in mixers]
     losses, first, gates = [], [], []
     try:

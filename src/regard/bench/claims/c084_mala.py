@@ -37,7 +37,7 @@ class _Ratio(MagnitudeAwareAttention):
 
 
 def measure(scale: Scale) -> Outcome:
-    steps, seeds = scale.pick(500, 3), scale.pick((0, 1, 2), (0,))
+    steps, seeds = scale.pick(300, 3), scale.pick((0, 1), (0,))
     sides = scale.pick((28, 56, 84), (8, 16))
     out = Outcome(
         "random features of 196 tokens with queries 1 to 8 times as large; a retrieval task on rendered glyphs, 2 blocks of "

@@ -45,7 +45,7 @@ class _OnMap(nn.Module):
 
 
 def measure(scale: Scale) -> Outcome:
-    steps, seeds, sides = scale.pick(500, 3), scale.pick((0, 1, 2), (0,)), scale.pick((28, 56, 84), (8, 16))
+    steps, seeds, sides = scale.pick(300, 3), scale.pick((0, 1), (0,)), scale.pick((28, 56, 84), (8, 16))
     out = Outcome(
         "1024 queries in 2 dimensions through a relu map; a retrieval task on rendered glyphs, 2 blocks of 48 channels, "
         f"{steps} steps; times at {', '.join(f'{n} x {n}' for n in sides)}",

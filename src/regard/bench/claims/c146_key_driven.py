@@ -42,7 +42,7 @@ class _OnMap(nn.Module):
 
 
 def measure(scale: Scale) -> Outcome:
-    steps, more, seeds = scale.pick(600, 3), scale.pick(150, 2), scale.pick((0, 1, 2), (0,))
+    steps, more, seeds = scale.pick(400, 3), scale.pick(60, 2), scale.pick((0, 1), (0,))
     out = Outcome(
         f"a retrieval task on rendered glyphs, 2 blocks of 48 channels, {HEADS} heads trained for {steps} steps, turned into {GROUPS} "
         f"groups and trained for {more} more",

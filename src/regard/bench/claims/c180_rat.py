@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...models.small_lm import SmallLM
 from ...nn.mixers import state_bytes
@@ -55,17 +54,14 @@ def _speed(out: Outcome, scale: Scale, heads: int, dim: int, length: int) -> Non
     _faster(out, f"RAT(16): times faster than softmax at {length} tokens", found[DENSE], found["RAT(16)"], 5.0)
     _faster(out, "RAT(64): times faster than RAT(16)", found["RAT(16)"], found["RAT(64)"], 1.0)
 
-    one: list[Tensor] = [t[:, :, -1:] for t in (q, k, v, gate)]
-    states = {
-        size: chunk_recurrent_attention(
-            *(t[:, :, : length - 5] for t in (q, k, v, gate)), size, return_state=True
-        )[1]
-        for size in sizes
-    }  # fmt: skip
-    things = {
-        f"RAT({size})": partial(chunk_recurrent_attention, *one, size, state=states[size], return_state=True)
-        for size in sizes
-    }
+    past = length - 5  # in the middle of a chunk
+    states = {}
+    for size in sizes:
+        begun = (t[:, :, :past] for t in (q, k, v, gate))
+        states[size] = chunk_recurrent_attention(*begun, chunk_size=size, return_state=True)[1]  # type: ignore[misc, arg-type]
+    one = [t[:, :, -1:] for t in (q, k, v, gate)]
+    step = partial(chunk_recurrent_attention, one[0], one[1], one[2], one[3], return_state=True)
+    things = {f"RAT({size})": partial(step, size, state=states[size]) for size in sizes}
     things[DENSE] = partial(attention, one[0], k, v)
     found = times(things, rounds=scale.pick(5, 2), inner=scale.pick(20, 2))
     out.add(DENSE, "time of a decoding step", "s", found[DENSE])

@@ -1,7 +1,7 @@
 """A small vision task that needs attention, for claims about vision mixers: find the glyph that the image asks for, and say its colour.
 
-Images are grids of 4 x 4 glyphs. The first cell shows a white pattern; the same pattern stands once elsewhere, in one of four colours,
-among others of other patterns. The answer is its colour: a token must find one of many, which weights spread evenly cannot do.
+Images are noisy grids of 5 x 5 glyphs. The first cell shows a white pattern; the same pattern stands once elsewhere, in one of four
+colours, among others of other patterns. The answer is its colour: a token must find one of many, which weights spread evenly cannot do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from ..small_training import train
 
 __all__ = ["COLOURS", "accuracy", "glyphs"]
 
-PATTERNS, COLOURS, SIDE = 8, 4, 4
+PATTERNS, COLOURS, SIDE = 12, 4, 5
+NOISE = 0.3
 _TINTS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
 _SHAPES = (torch.rand(PATTERNS, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5).float()
 
@@ -33,7 +34,7 @@ def glyphs(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     each = torch.arange(batch)
     cells[:, 0] = _SHAPES[pattern[each, asked]][:, None]
     images = cells.unflatten(1, (SIDE, SIDE)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-    return images, colour[each, asked]
+    return images + NOISE * torch.randn(images.shape, generator=generator), colour[each, asked]
 
 
 class _Net(nn.Module):

@@ -8,6 +8,7 @@ input-independent gates are built from its text and were compared with no code o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ __all__ = ["GatedAttention", "split_gated_query"]
 
 PLACES = ("attention", "value", "key", "query", "output")
 PAPER_NAMES = dict(zip(("G1", "G2", "G3", "G4", "G5"), PLACES))
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "silu": nn.functional.silu,
     "half_sigmoid": lambda logits: 0.5 + 0.5 * torch.sigmoid(logits),

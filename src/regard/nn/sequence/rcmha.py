@@ -162,7 +162,8 @@ class RelativeConvAttention(nn.Module):
         require(key.shape == value.shape, "value", f"shape {tuple(value.shape)}", f"{tuple(key.shape)}, that of key")
         fits = len(query) == len(key) and query.shape[1] <= key.shape[1]
         require(fits, "query", f"shape {tuple(query.shape)}", f"({len(key)}, at most {key.shape[1]}, {self.dim})")
-        return self._mix(*(self._heads(name, x, None)[0] for name, x in zip("qkv", (query, key, value))), mask)
+        q, k, v = (self._heads(name, x, None)[0] for name, x in zip("qkv", (query, key, value)))
+        return self._mix(q, k, v, mask)
 
     def position_scores(self, q: Tensor, kv_len: int, offset: int) -> Tensor:
         """q_i r[i - j] + c[i - j], not yet scaled, (B, H, N, kv_len): q (B, H, N, D) with row 0 at position `offset`."""

@@ -99,9 +99,9 @@ class SelectiveAttention(SoftmaxAttention):
         elif self.token:
             hidden = max(1, dim // 8)
             for side in sides:
-                net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1, bias=False))
-                nn.init.zeros_(net[2].weight)
-                self.scorers[side] = net
+                last = nn.Linear(hidden, 1, bias=False)
+                nn.init.zeros_(last.weight)
+                self.scorers[side] = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
         self.tempers_values = "v" in sides
 
     def temperatures(self, x: Tensor, past: int = 0) -> tuple[Tensor, Tensor | None]:
