@@ -60,8 +60,8 @@ def measure(scale: Scale) -> Outcome:
     out.check("share of kv heads whose span grows", grows, at_least=0.05)
     out.check("share of kv heads with a constant span", 1.0 - grows, at_least=0.05)
     out.note = (
-        "The outcome hangs on the texts that the influence is measured on: with prose alone the plan lost the needle, with needles alone it "
-        "was worse than equal spans on prose; the mixture was chosen after these two had been seen."
+        "The outcome hangs on the texts that the influence is measured on: with prose alone the plan lost the needle, with needles alone "
+        "it was worse than equal spans on prose; the mixture was chosen after these two had been seen."
     )
     return out
 

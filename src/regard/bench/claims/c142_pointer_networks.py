@@ -41,7 +41,7 @@ class _Names(nn.Module):
 
 def measure(scale: Scale) -> Outcome:
     dim, steps, most = scale.pick((64, 2000, 7), (8, 3, 5))
-    longer, tours, batch = scale.pick(10, 6), scale.pick(6, 4), scale.pick(64, 8)
+    longer, tours, batch = scale.pick(10, 6), scale.pick(5, 4), scale.pick(64, 8)
     out = Outcome(
         f"points uniform in a square, LSTMs of {dim} trained here for {steps} steps of {batch}; hulls of 5 to {most} points, then of "
         f"{longer}; shortest tours of {tours} points",

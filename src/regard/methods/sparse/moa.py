@@ -6,7 +6,8 @@ Every head has a span of its own that grows with the length of the prompt in its
 
 Differs from the authors' code: models with grouped queries keep their kv heads (theirs are converted to full heads first), and a kv
 head's cache is that of its widest query head; spans follow each row's own length, where theirs follow the padded one, so that a row
-comes out the same whatever it is batched with; padding is not counted either where a row is shorter than the sinks; further turns of a conversation see what the cache holds (theirs ignore it).
+comes out the same whatever it is batched with; padding is not counted either where a row is shorter than the sinks; further turns of a conversation see what the cache
+holds (theirs ignore it).
 """
 
 from __future__ import annotations
