@@ -84,7 +84,7 @@ def table(rows: list[Row]) -> Table:
     from rich.table import Table
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column("what")
+    made.add_column("what", min_width=34)
     for name in ("pass", "ms", "× dense", "ideal", "share (range)", "target", "peer"):
         made.add_column(name, justify="right" if name != "pass" else "left", no_wrap=name != "peer")
     made.add_column("MB", justify="right", no_wrap=True)
