@@ -4,10 +4,10 @@ Code read for numbers: thu-nics/MoA @ e224fe3 (MIT).
 Every head has a span of its own that grows with the length of the prompt in its own way, alpha + beta * N. Plans come from
 `regard.lens.span_plan(regard.lens.attention_influence(model, batches))`, or from the authors' `moa_alpha_beta.json`.
 
-Differs from the authors' code: models with grouped queries keep their kv heads (theirs are converted to full heads first), and a kv
-head's cache is that of its widest query head; spans follow each row's own length, where theirs follow the padded one, so that a row
-comes out the same whatever it is batched with; padding is not counted either where a row is shorter than the sinks; further turns of a conversation see what the cache
-holds (theirs ignore it).
+Differs from the authors' code: models with grouped queries keep their kv heads (theirs are converted to full heads
+first), and a kv head's cache is that of its widest query head; spans follow each row's own length, where theirs
+follow the padded one, so that a row comes out the same whatever it is batched with; padding is not counted either
+where a row is shorter than the sinks; further turns of a conversation see what the cache holds (theirs ignore it).
 """
 
 from __future__ import annotations
