@@ -18,6 +18,8 @@ from ..methods import H2O, KeyNorm, RecycledAttention, StaircaseQuantCache
 from ..methods.caches import AttendingLayer, PagedStore, RaggedLayer, RecycledLayer, kv_bytes
 from ..methods.caches.staircase import StaircaseLayer
 from ..methods.call import AttentionCall
+from ..ops.select import BlockSummaries, Choice
+from ..ops.select.block_topk import block_topk
 from .ops import Row, Say, Setting
 from .timing import Ratio, interleaved
 
@@ -59,6 +61,9 @@ def measure(setting: Setting, say: Say) -> list[Row]:
             row.note = f"{context} tokens"
             continue
         row.beside, row.ratio = DENSE, Ratio.of([second / _LAYERS for second in times[DENSE]], seconds)
+        if name.startswith("block top-k"):
+            row.target_ratio = 1 / TARGET
+            row.note = f"{context // 16} tokens read, choice included"
         if one.budget is None:
             continue
         budgeted = 2 * KV_HEADS * DIM * one.budget * k.element_size()
@@ -93,6 +98,7 @@ def _contenders(budget: int, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_Conte
     stores = [_uneven(budget, k, v) for _ in range(_LAYERS)]
     lengths = ", ".join(str(part * budget // 2) for part in (1, 2, 3))
     yield _Contender(f"paged, heads of {lengths} tokens", _uneven_decoder(stores, q, k, v), stores[0], budget)
+    yield _Contender("block top-k, min-max summaries (keeps everything)", _retriever(dense, q, budget), dense[0])
     recycled = [RecycledLayer(RecycledAttention(budget, _STRIDE)) for _ in range(_LAYERS)]
     quantised = [StaircaseLayer(StaircaseQuantCache()) for _ in range(_LAYERS)]
     for layer in (*recycled, *quantised):
@@ -103,6 +109,20 @@ def _contenders(budget: int, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_Conte
     name = f"recycled, {budget} tokens, every {_STRIDE}th step full (keeps everything)"
     yield _Contender(name, _decoder(recycled, q, k, v, _STRIDE), recycled[0], None, _STRIDE)
     yield _Contender("staircase of 16, 8, 4 and 2 bits, everything read", _decoder(quantised, q, k, v, 1), quantised[0])
+
+
+def _retriever(caches: list[tuple[Tensor, Tensor]], q: Tensor, budget: int) -> Callable[[], None]:
+    """Chooses blocks of keys by their summaries and reads these, the choice included; the summaries of old blocks stand."""
+    block = max(1, min(64, budget // 8))
+    summaries = [BlockSummaries(block=block, kind="minmax").update(keys) for keys, _ in caches]
+    rule = {"block_q": 1, "block_k": block, "summary": "minmax", "budget": budget, "sink": block, "recent": 1}
+
+    def run() -> None:
+        for (keys, values), known in zip(caches, summaries):
+            chosen = block_topk(q[:, :, -1:], keys, summaries=known, **rule)  # type: ignore[arg-type]
+            Choice(chosen).attention(q[:, :, -1:], keys, values)
+
+    return run
 
 
 def _decoder(layers: list[Any], q: Tensor, k: Tensor, v: Tensor, steps: int) -> Callable[[], None]:
