@@ -171,5 +171,5 @@ def _generator(*key: Any) -> torch.Generator:
 
 def prompts_for(tokenizer: Any) -> English | Words:
     """The prompts that a model with this tokenizer can read."""
-    ids = getattr(tokenizer, "get_vocab", dict)()
+    ids: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
     return Words(tokenizer) if "<ask>" in ids and "<copy>" in ids else English(tokenizer)

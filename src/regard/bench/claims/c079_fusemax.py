@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ...ops.cascades import CASCADES, attention_cascade
 from ...ops.einsum_cascade import count_passes
@@ -38,7 +39,9 @@ def _passes(out: Outcome, scale: Scale) -> None:
         found, kept = set(), []
         for length in lengths:
             q, k, v = (torch.randn(n, 16) for n in (8, length, length))
-            trace = attention_cascade(q, k, v, cascade=cascade, tile=tile, return_trace=True)[1]
+            traced = attention_cascade(q, k, v, cascade=cascade, tile=tile, return_trace=True)
+            assert isinstance(traced, tuple)
+            trace = traced[1]
             found.add(trace.passes)
             kept.append(trace.kept_peak / 8)
         wrong += found != {count_passes(cascade)}
@@ -90,9 +93,11 @@ def _precision(out: Outcome, scale: Scale) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (factor * torch.randn(4, length, 64, generator=generator) for factor, length in ((2, 64), (1, n), (1, n)))
     exact = attention_cascade(*(x.half().double() for x in (q, k, v)), passes=3, tile=n)
+    assert isinstance(exact, Tensor)
     errors = {}
     for passes in (3, 2, 1):
         half = attention_cascade(*(x.half() for x in (q, k, v)), passes=passes, tile=64)
+        assert isinstance(half, Tensor)
         errors[passes] = float((half.double() - exact).norm() / exact.norm())
         out.add(
             f"{passes}-pass", "relative error in float16", "", errors[passes], against=None if passes == 3 else "3-pass"

@@ -67,7 +67,7 @@ class CoreContextLayer(AttendingLayer):
 
     def clear(self) -> None:
         self.cores, self.tail = Rows(), Rows()
-        self._starts: tuple[Tensor, list[int]] | None = None
+        self._row_starts: tuple[Tensor, list[int]] | None = None
 
     def map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
         self.cores.map_rows(fn)
@@ -137,9 +137,9 @@ class CoreContextLayer(AttendingLayer):
     def _padding(self) -> list[int]:
         """`start` as numbers, read from the device once."""
         assert self.start is not None
-        if self._starts is None or self._starts[0] is not self.start:
-            self._starts = (self.start, self.start.tolist() if self.latest_start else [0])
-        return self._starts[1]
+        if self._row_starts is None or self._row_starts[0] is not self.start:
+            self._row_starts = (self.start, self.start.tolist() if self.latest_start else [0])
+        return self._row_starts[1]
 
     def _pool(
         self, call: AttentionCall, keys: Tensor, values: Tensor, before: int, first: int

@@ -11,6 +11,7 @@ what a KV cache is), or with exp as its Taylor series of some order.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ def _heads(layer: nn.Module, x: Tensor, *names: str) -> list[Tensor]:
     if isinstance(layer, SoftmaxAttention):
         made = [layer.q_norm(made[0]), layer.k_norm(made[1])]
     if layer.rope_base is not None:
-        dims: int = getattr(layer, "rope_dims", width)  # type: ignore[assignment]
+        dims: Any = getattr(layer, "rope_dims", width)
         table = rotary_table(torch.arange(x.shape[1], device=x.device), dims, layer.rope_base)  # type: ignore[arg-type]
         made = [rotate(one, table) for one in made]
     return made

@@ -51,7 +51,7 @@ def _gives_lse(request: AttentionRequest) -> bool:
 def matrix_size(request: AttentionRequest) -> int:
     """Entries of the mask matrix that the request needs here."""
     batch, num_heads, q_len, _ = request.q.shape
-    shape = (1, 1)
+    shape: tuple[int, ...] = (1, 1)
     if request.mask is not None:
         shape = (batch if request.mask.varies_batch else 1, num_heads if request.mask.varies_head else 1)
     if request.selection is not None:
