@@ -7,6 +7,7 @@ progress bar); here is what models trained from nothing need beside it: mixed pr
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import math
@@ -162,11 +163,16 @@ def train(
             if written is not None:
                 written.add(step, row)
 
-        return fit(
+        fitted = fit(
             model, loss_of_batch, lambda number: number, steps=steps, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
             clip=clip, accumulate=accumulate, optimizer=new_optimizer, on_step=on_step, writes=first, out=out, save_every=save_every,
             resume=resume, seed=seed, progress=progress and first, label=label, started=None if written is None else written.start,
         )  # fmt: skip
+        run = wrapped = model  # lets go of the reducer, whose threads must not outlive the process group
+        if world > 1:
+            gc.collect()
+            dist.barrier()  # nobody leaves while another still waits for an answer
+        return fitted
 
 
 @contextmanager
