@@ -267,22 +267,31 @@ def _measure_window(setting: Setting, say: Say) -> list[Row]:
 
 
 def _flex(setting: Setting, inputs: list[Tensor]) -> Callable[[], Any] | str:
-    """FlexAttention as its users write it, compiled; or why it cannot be had."""
-    from ..ops.backends.flex import compiler_missing
-
-    reason = compiler_missing(torch.device(setting.device).type)
-    if reason:
-        return reason
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    window, n = setting.window, setting.seq_len
+    window = setting.window
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx >= kv_idx) & (q_idx - kv_idx < window)
 
-    block_mask = create_block_mask(mask_mod, None, None, n, n, device=setting.device)
+    return flex_peer(mask_mod, setting.seq_len, setting.device, lambda op: _forward(op, inputs))
+
+
+def flex_peer(
+    mask_mod: Callable[..., Tensor],
+    length: int,
+    device: str,
+    make: Callable[[Callable[..., Tensor]], Callable[[], Any]],
+) -> Callable[[], Any] | str:
+    """`make(FlexAttention)`, compiled and run once, as its users write it over `length` tokens; or why it cannot be had."""
+    from ..ops.backends.flex import compiler_missing
+
+    reason = compiler_missing(torch.device(device).type)
+    if reason:
+        return reason
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block_mask = create_block_mask(mask_mod, None, None, length, length, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
-    run = _forward(lambda q, k, v: compiled(q, k, v, block_mask=block_mask), inputs)
+    run = make(lambda q, k, v: compiled(q, k, v, block_mask=block_mask))
     try:
         run()
     except (RuntimeError, NotImplementedError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import masks
 from ..ops.neighborhood import neighborhood_attention, neighborhood_attention_backend
-from .ops import Row, Say, Setting
+from .ops import Row, Say, Setting, flex_peer
 from .timing import Ratio, interleaved, peak_bytes
 
 FORWARD, BOTH = "forward", "forward+backward"
@@ -82,14 +82,7 @@ def _with_grad(way: Callable[..., Tensor], upstream: Tensor, *inputs: Tensor) ->
 
 
 def _flex(side: int, kernel: int, device: str, *inputs: Tensor) -> Callable[[], Any] | str:
-    """FlexAttention over row-major tokens, compiled, as its users write it; or why it cannot be had."""
-    from ..ops.backends.flex import compiler_missing
-
-    reason = compiler_missing(torch.device(device).type)
-    if reason:
-        return reason
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
+    """FlexAttention over row-major tokens."""
     left = kernel // 2
     right = kernel - 1 - left
 
@@ -100,11 +93,4 @@ def _flex(side: int, kernel: int, device: str, *inputs: Tensor) -> Callable[[], 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return sees(q_idx // side, kv_idx // side) & sees(q_idx % side, kv_idx % side)
 
-    block_mask = create_block_mask(mask_mod, None, None, side**2, side**2, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    run = _no_grad(lambda q, k, v: _heads_first(partial(compiled, block_mask=block_mask), q, k, v), *inputs)
-    try:
-        run()
-    except (RuntimeError, NotImplementedError) as error:
-        return f"could not be compiled: {str(error).strip().splitlines()[0]}"
-    return run
+    return flex_peer(mask_mod, side**2, device, lambda op: _no_grad(partial(_heads_first, op), *inputs))

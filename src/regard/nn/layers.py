@@ -214,6 +214,18 @@ def _keeps_shape(conv: nn.Conv2d) -> bool:
 _SHORT_NAMES = {"c": "conv", "m": "branch", "l": "linear"}
 
 
+def split_joint_qk(state: dict[str, Tensor], joint: str, names: dict[str, str]) -> dict[str, Tensor]:
+    """Halve the rows of the layer `joint` into `q_proj` and `k_proj`; rename other layers by `names` (those not in it stay)."""
+    ours: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        head, _, kind = name.rpartition(".")
+        if head == joint:
+            ours[f"q_proj.{kind}"], ours[f"k_proj.{kind}"] = tensor.chunk(2)
+        else:
+            ours[names.get(head, head) + f".{kind}"] = tensor
+    return ours
+
+
 def levit_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the LeViT family's short module names in a state dict to those of this file; ours pass unchanged."""
     return {".".join(_SHORT_NAMES.get(part, part) for part in key.split(".")): value for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""Train the shipped model of the recall testbed: `python -m regard.testbeds.train_recall --out FOLDER` (about 20 minutes on two cores).
+"""Train the shipped model of the recall testbed: `python -m regard.testbeds.train_recall --out FOLDER` (50 minutes on one busy core).
 
 A Llama of three layers learns on short sequences, where the circuit for looking a word up forms quickly, and then on longer ones,
 where it learns to hold it among thousands of others. The state is kept after every stage, so that a stopped run goes on.

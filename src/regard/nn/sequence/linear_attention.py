@@ -20,6 +20,7 @@ from ..._checks import bad_type, require, require_int, require_name, require_ten
 from ...ops.state.feature_maps import FeatureMap, resolve
 from ...ops.state.linear import linear_attention
 from ...ops.state.linear_state import LinearState
+from ..layers import split_joint_qk
 from .rotary import rotary_table, rotate
 
 __all__ = ["LinearAttention", "LinearAttentionState", "NormalizedLinearAttention"]
@@ -141,14 +142,7 @@ class LinearAttention(nn.Module):
     @staticmethod
     def official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """dsf-mqar keeps queries and keys in one matrix `Wqk`; `Wv` is `v_proj`, `Wn` is `normaliser`."""
-        ours: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            head, _, kind = name.rpartition(".")
-            if head == "Wqk":
-                ours[f"q_proj.{kind}"], ours[f"k_proj.{kind}"] = tensor.chunk(2)
-            else:
-                ours[{"Wv": "v_proj", "Wn": "normaliser"}.get(head, head) + f".{kind}"] = tensor
-        return ours
+        return split_joint_qk(state, "Wqk", {"Wv": "v_proj", "Wn": "normaliser"})
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, causal={self.causal}, feature_map={self.feature_map!r}, normalize={self.normalize}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..._checks import bad_type, require, require_int, require_tensor
 from ...ops import masks
 from ...ops.attention import attention
+from ..layers import split_joint_qk
 from .pre_norm import require_rate
 from .rotary import rotary_table, rotate
 
@@ -191,14 +192,7 @@ class SoftmaxAttention(nn.Module):
     @staticmethod
     def official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """dsf-mqar's `MHA` keeps queries and keys in one matrix `Wqk`; its `Wv` is `v_proj`, its `out_proj` `o_proj`."""
-        ours: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            head, _, kind = name.rpartition(".")
-            if head == "Wqk":
-                ours[f"q_proj.{kind}"], ours[f"k_proj.{kind}"] = tensor.chunk(2)
-            else:
-                ours[{"Wv": "v_proj", "out_proj": "o_proj"}.get(head, head) + f".{kind}"] = tensor
-        return ours
+        return split_joint_qk(state, "Wqk", {"Wv": "v_proj", "out_proj": "o_proj"})
 
     def extra_repr(self) -> str:
         return (

@@ -17,13 +17,13 @@ from ..._checks import require, require_int, require_tensor
 from ...ops.agent import agent_attention
 from ..layers import drop_samples
 from .agent_attention import AgentAttention, AgentBias, agent_grid_of, rename_agent_attention
-from .block_parts import Mlp, attend_in_windows
+from .block_parts import Mlp, WindowedBlock
 from .grids import Grid, from_windows, grid_pair, to_windows
 
 __all__ = ["AgentBlock", "AgentCSWinBlock", "AgentStripeAttention"]
 
 
-class AgentBlock(nn.Module):
+class AgentBlock(WindowedBlock):
     """Pre-norm transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))`, attention being `AgentAttention`.
 
     Args:
@@ -58,19 +58,7 @@ class AgentBlock(nn.Module):
         drop_path: float = 0.0,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__()
-        self.grid = grid_pair("grid", grid)
-        self.window, self.shift = None, require_int("shift", shift)
-        if window is not None:
-            require(cls_tokens == 0, "cls_tokens", cls_tokens, "0 together with window")
-            if isinstance(window, int) and window >= min(self.grid):
-                window, self.shift = min(self.grid), 0
-            self.window = grid_pair("window", window)
-            cut = all(cells % side == 0 for cells, side in zip(self.grid, self.window))
-            require(cut, "window", self.window, f"sides that divide grid {self.grid}")
-            require(self.shift < min(self.window), "shift", shift, f"less than the window's shorter side {self.window}")
-        else:
-            require(shift == 0, "shift", shift, "0 without a window")
+        super().__init__(grid, window, shift, cls_tokens)
         require(0.0 <= drop_path < 1.0, "drop_path", drop_path, "a probability in [0, 1)")
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -93,19 +81,6 @@ class AgentBlock(nn.Module):
         """`AgentBlock` (DeiT), `Block` (PVT) or `SwinTransformerBlock` with agent attention, in our names."""
         state = {name: tensor for name, tensor in state.items() if name != "attn_mask"}  # Swin's, which nothing reads
         return rename_agent_attention(state, "attn.")
-
-    def forward(self, x: Tensor, grid: int | Grid | None = None) -> Tensor:
-        require_tensor("x", x, dims=3, floating=True)
-        require(grid is None or self.window is None, "grid", grid, "None in a block with windows")
-        x = x + drop_samples(self._attend(self.norm1(x), grid), self.drop_path, self.training)
-        return x + drop_samples(self.mlp(self.norm2(x)), self.drop_path, self.training)
-
-    def _attend(self, x: Tensor, grid: int | Grid | None) -> Tensor:
-        if self.window is None:
-            return self.attn(x, grid)
-        cells = math.prod(self.grid)
-        require(x.shape[1] == cells, "x", f"shape {tuple(x.shape)}", f"{cells} tokens for grid {self.grid}")
-        return attend_in_windows(self.attn, x, self.grid, self.window, self.shift)
 
 
 class AgentStripeAttention(nn.Module):

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .grids import Grid, from_windows, to_windows
+from ..._checks import require, require_int, require_tensor
+from ..layers import drop_samples
+from .grids import Grid, from_windows, grid_pair, to_windows
 
-__all__ = ["LayerNorm2d", "Mlp", "attend_in_windows", "interleaved_rotary_2d", "rotate_pairs", "tokens_to_map"]
+__all__ = [
+    "LayerNorm2d",
+    "Mlp",
+    "WindowedBlock",
+    "attend_in_windows",
+    "interleaved_rotary_2d",
+    "rotate_pairs",
+    "tokens_to_map",
+]
 
 
 class Mlp(nn.Module):
@@ -43,6 +54,51 @@ def attend_in_windows(
     maps = x.unflatten(1, grid).roll((-shift, -shift), (1, 2))
     maps = from_windows(attend(to_windows(maps, window)), window, grid)
     return maps.roll((shift, shift), (1, 2)).flatten(1, 2)
+
+
+class WindowedBlock(nn.Module):
+    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`, over a whole grid or in windows of it. A subclass makes these four and `drop_path`.
+
+    Args:
+        grid: int or (height, width). cls_tokens: tokens in front of the grid's; 0 together with windows.
+        window: side of the windows, int or (height, width), which divides the grid; an int not smaller than the grid's shorter side
+            becomes that side, without a shift. None: no windows. shift: cells by which the grid is rolled before it is cut.
+    """
+
+    attn: nn.Module
+    drop_path: float
+
+    def __init__(self, grid: int | Grid, window: int | Grid | None, shift: int, cls_tokens: int) -> None:
+        super().__init__()
+        self.grid = grid_pair("grid", grid)
+        self.window: Grid | None = None
+        self.shift = require_int("shift", shift)
+        if window is None:
+            require(shift == 0, "shift", shift, "0 without a window")
+            return
+        require(cls_tokens == 0, "cls_tokens", cls_tokens, "0 together with window")
+        if isinstance(window, int) and window >= min(self.grid):
+            window, self.shift = min(self.grid), 0
+        self.window = grid_pair("window", window)
+        cut = all(cells % side == 0 for cells, side in zip(self.grid, self.window))
+        require(cut, "window", self.window, f"sides that divide grid {self.grid}")
+        require(self.shift < min(self.window), "shift", shift, f"less than the window's shorter side {self.window}")
+
+    def forward(self, x: Tensor, grid: int | Grid | None = None) -> Tensor:
+        require_tensor("x", x, dims=3, floating=True)
+        require(grid is None or self.window is None, "grid", grid, "None in a block with windows")
+        x = x + drop_samples(self._attend(self.norm1(x), grid), self.drop_path, self.training)
+        return x + drop_samples(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+    def _attend(self, x: Tensor, grid: int | Grid | None) -> Tensor:
+        if self.window is None:
+            return self.attn(x, grid)
+        cells = math.prod(self.grid)
+        require(x.shape[1] == cells, "x", f"shape {tuple(x.shape)}", f"{cells} tokens for grid {self.grid}")
+        return attend_in_windows(self._in_windows, x, self.grid, self.window, self.shift)
+
+    def _in_windows(self, windows: Tensor) -> Tensor:
+        return self.attn(windows)
 
 
 def interleaved_rotary_2d(grid: Grid, dims: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

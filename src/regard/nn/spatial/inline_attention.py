@@ -23,7 +23,7 @@ from ...ops.state.feature_maps import FeatureMap, identity
 from ...ops.state.global_linear import global_linear_attention, global_linear_weights
 from ..layers import drop_samples, rename_keys
 from ..sequence.pre_norm import require_rate
-from .block_parts import Mlp, attend_in_windows, tokens_to_map
+from .block_parts import Mlp, WindowedBlock, tokens_to_map
 from .grids import Grid, grid_pair
 from .window_attention import WindowSoftmaxAttention, shifted_window_bias
 
@@ -158,7 +158,7 @@ class InLineAttention(nn.Module):
         return f"dim={self.dim}, num_heads={self.num_heads}, grid={self.grid}, feature_map={self.feature_map!r}"
 
 
-class InLineBlock(nn.Module):
+class InLineBlock(WindowedBlock):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, attention being `InLineAttention`: the block of the authors' DeiT, PVT and Swin.
 
     Args:
@@ -190,23 +190,10 @@ class InLineBlock(nn.Module):
         drop_path: float = 0.0,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__()
-        self.grid = grid_pair("grid", grid)
-        self.window, self.shift = None, require_int("shift", shift)
-        if window is None:
-            require(shift == 0, "shift", shift, "0 without a window")
-        else:
-            require(cls_tokens == 0, "cls_tokens", cls_tokens, "0 together with window")
-            if isinstance(window, int) and window >= min(self.grid):
-                window, self.shift = min(self.grid), 0
-            self.window = grid_pair("window", window)
-            cut = all(cells % side == 0 for cells, side in zip(self.grid, self.window))
-            require(cut, "window", self.window, f"sides that divide grid {self.grid}")
-            require(self.shift < min(self.window), "shift", shift, f"less than the window's shorter side {self.window}")
+        super().__init__(grid, window, shift, cls_tokens)
         self.drop_path = require_rate("drop_path", drop_path)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=norm_eps), nn.LayerNorm(dim, eps=norm_eps)
         self.linear = bool(linear)
-        self.attn: nn.Module
         if linear:
             options: dict[str, Any] = {"qkv_bias": qkv_bias, "feature_map": feature_map, "proj_drop": drop}
             self.attn = InLineAttention(dim, num_heads, self.window or self.grid, cls_tokens, **options)
@@ -223,19 +210,8 @@ class InLineBlock(nn.Module):
         """`InLineBlock` (DeiT), `Block` (PVT) or `SwinTransformerBlock` with linear attention, in our names."""
         return _rename(state, "attn.")
 
-    def forward(self, x: Tensor, grid: int | Grid | None = None) -> Tensor:
-        require_tensor("x", x, dims=3, floating=True)
-        require(grid is None or self.window is None, "grid", grid, "None in a block with windows")
-        x = x + drop_samples(self._attend(self.norm1(x), grid), self.drop_path, self.training)
-        return x + drop_samples(self.mlp(self.norm2(x)), self.drop_path, self.training)
-
-    def _attend(self, x: Tensor, grid: int | Grid | None) -> Tensor:
-        if self.window is None:
-            return self.attn(x, grid)
-        cells = math.prod(self.grid)
-        require(x.shape[1] == cells, "x", f"shape {tuple(x.shape)}", f"{cells} tokens for grid {self.grid}")
-        attend = self.attn if self.linear else lambda windows: self.attn(windows, self.shift_bias)
-        return attend_in_windows(attend, x, self.grid, self.window, self.shift)
+    def _in_windows(self, windows: Tensor) -> Tensor:
+        return self.attn(windows) if self.linear else self.attn(windows, self.shift_bias)
 
 
 class InLineCSWinBlock(InLineBlock):

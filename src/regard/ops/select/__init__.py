@@ -45,7 +45,6 @@ _TABLE = {
     "hierarchical_topk_attention": ".hierarchical_attention",
     # Kinetics: rules on the scores of a decoded query
     "apply_rule": ".grouped_topk",
-    "group_scores": ".grouped_topk",
     "grouped_block_topk": ".grouped_topk",
     "grouped_topk": ".grouped_topk",
     "importance_shift": ".grouped_topk",

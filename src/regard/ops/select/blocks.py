@@ -136,7 +136,9 @@ def share_scores(scores: Tensor, num_kv_heads: int, share: str = "mean") -> Tens
     require_tensor("scores", scores, dims=4, floating=True)
     require_name("share", share, SHARINGS)
     heads = scores.shape[1]
-    require(num_kv_heads > 0 and heads % num_kv_heads == 0, "num_kv_heads", num_kv_heads, f"a divisor of {heads} heads")
+    require(
+        num_kv_heads > 0 and heads % num_kv_heads == 0, "num_kv_heads", num_kv_heads, f"a divisor of the {heads} heads"
+    )
     if share == "none" or heads == num_kv_heads:
         return scores
     grouped = scores.unflatten(1, (num_kv_heads, -1))

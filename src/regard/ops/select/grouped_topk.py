@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import require, require_int, require_tensor
-
-
-def group_scores(scores: Tensor, num_kv_heads: int) -> Tensor:
-    """Mean of the scores (B, H, ...) over the query heads of each kv head: (B, Hkv, ...)."""
-    heads = scores.shape[1]
-    require_int("num_kv_heads", num_kv_heads, 1)
-    require(heads % num_kv_heads == 0, "num_kv_heads", num_kv_heads, f"a divisor of the {heads} heads")
-    return scores.unflatten(1, (num_kv_heads, -1)).mean(2)
+from .blocks import share_scores
 
 
 def grouped_topk(
@@ -219,7 +212,8 @@ def _frame(
         require(
             int(lengths.min()) >= 0 and int(lengths.max()) <= keys, "lengths", lengths.tolist(), f"0 to {keys} keys"
         )
-    return group_scores(scores, num_kv_heads), lengths, torch.arange(keys, device=scores.device)
+    mean = share_scores(scores[:, :, None], require_int("num_kv_heads", num_kv_heads, 1))[:, :, 0]
+    return mean, lengths, torch.arange(keys, device=scores.device)
 
 
 def _between(position: Tensor, low: int, high: Tensor) -> Tensor:
