@@ -125,50 +125,78 @@ import sys, torch, json
 from regard.models import SmallLM
 from regard.testbeds import tasks
 from regard.testbeds.training import train
+out, parallel, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.manual_seed(0)
 model = SmallLM(32, 16, 2, 2, "linear")
-make = tasks.batches(tasks.mqar, 4, 16, 2, 32)
-made = train(model, make, steps=5, lr=3e-3, accumulate=2, progress=False, out=sys.argv[1], log=sys.argv[1] + ".jsonl")
-print(json.dumps(made.losses))
+batches = tasks.batches(tasks.mqar, 4, 16, 2, 32)
+def make(number):
+    if number >= stop:
+        sys.exit(7)
+    return batches(number)
+made = train(model, make, steps=5, lr=3e-3, accumulate=2, parallel=parallel, progress=False, save_every=2, out=out, log=out + ".jsonl")
+print(json.dumps([made.losses, made.resumed_at, type(model.norm.weight.data).__name__]))
 """
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    """Batches of four, two processes, two parts a step: the mean over eight batches' halves is that of four times as many parts."""
-    alone = model(dropout=0.0)
-    make = tasks.batches(tasks.mqar, 4, 16, 2, 32)
-    expected = train(alone, make, steps=5, lr=3e-3, accumulate=4, progress=False)
+def ranks(*arguments):
+    """Two processes as torchrun starts them: their exit codes and last lines."""
     source = str(Path(regard.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # `python -m torch.distributed.run` spends seconds more than the two variables that it sets
+    environment = {
+        **os.environ,
+        "PYTHONPATH": source,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "WORLD_SIZE": "2",
+    }
+    # `python -m torch.distributed.run` spends seconds more than the variables that it sets
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / "m.safetensors")],
-            env={
-                **environment,
-                "WORLD_SIZE": "2",
-                "RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
+            [sys.executable, "-c", RANK, *map(str, arguments)],
+            env={**environment, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    said = [rank.communicate(timeout=100) for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), said
-    losses = [json.loads(out.splitlines()[-1]) for out, _ in said]
-    assert losses[0] == losses[1] == pytest.approx(expected.losses, rel=1e-5)
+    said = [rank.communicate(timeout=200) for rank in started]
+    return [rank.returncode for rank in started], said
+
+
+def check_two_processes(said, tmp_path):
+    """Batches of four, two processes, two parts a step: the mean over eight batches' halves is that of four times as many parts."""
+    alone = model(dropout=0.0)
+    make = tasks.batches(tasks.mqar, 4, 16, 2, 32)
+    expected = train(alone, make, steps=5, lr=3e-3, accumulate=4, progress=False)
+    found = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(expected.losses, rel=1e-5)
     from safetensors.torch import load_file
 
     kept = load_file(tmp_path / "m.safetensors")
-    torch.testing.assert_close(kept["norm.weight"], alone.norm.weight.detach(), rtol=1e-4, atol=1e-6)
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(kept[name], tensor, rtol=1e-3, atol=1e-5)
     assert len((tmp_path / "m.safetensors.jsonl").read_text().splitlines()) == 5
+    return found[0]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    codes, said = ranks(tmp_path / "m.safetensors", "ddp", 10**6)
+    assert codes == [0, 0], said
+    check_two_processes(said, tmp_path)
+
+
+def test_sharded_over_two_processes_and_killed(tmp_path):
+    """FSDP2: the same curve, files that hold whole tensors, and going on from the checkpoint of step 4."""
+    codes, said = ranks(tmp_path / "m.safetensors", "fsdp", 4 * 4)
+    assert codes == [7, 7], said
+    codes, said = ranks(tmp_path / "m.safetensors", "fsdp", 10**6)
+    assert codes == [0, 0], said
+    _, resumed_at, kind = check_two_processes(said, tmp_path)
+    assert resumed_at == 4 and kind == "DTensor"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from .._checks import require_name
 from ..ops import Selection, attention, attention_backend
 from .timing import Ratio, interleaved, peak_bytes
 
-PARTS = ("dense", "block-sparse", "window", "prefill", "linear", "selectors", "neighborhood", "decode")
+PARTS = ("dense", "block-sparse", "window", "prefill", "linear", "recurrent", "selectors", "neighborhood", "decode")
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def _measure_prefill(setting: Setting, say: Say) -> list[Row]:
 def _measure_linear(setting: Setting, say: Say) -> list[Row]:
     from .ops_state import SCALING, measure_linear
 
-    say("speed beside dense causal SDPA, growth up to 65536 tokens, memory")
+    say("speed beside dense causal SDPA, growth up to 131072 tokens, memory")
     scaling = SCALING if setting.seq_len >= 8192 else (setting.seq_len, 2 * setting.seq_len)
     found = measure_linear(
         setting.seq_len,
@@ -350,7 +350,12 @@ def _measure_linear(setting: Setting, say: Say) -> list[Row]:
 
 
 # Parts with a file of their own, which has `measure(setting, say) -> list[Row]`.
-_ELSEWHERE = {"selectors": ".ops_selectors", "neighborhood": ".ops_neighborhood", "decode": ".ops_decode"}
+_ELSEWHERE = {
+    "recurrent": ".ops_recurrent",
+    "selectors": ".ops_selectors",
+    "neighborhood": ".ops_neighborhood",
+    "decode": ".ops_decode",
+}
 
 
 _MEASURES: dict[str, Callable[[Setting, Say], list[Row]]] = {

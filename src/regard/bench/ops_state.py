@@ -19,7 +19,7 @@ from .._checks import require_int
 from ..ops.state import alibi_slopes, linear_attention, linear_attention_backend
 
 Row = dict[str, Any]
-SCALING = (8192, 16384, 32768, 65536)
+SCALING = (2048, 8192, 32768, 131072)
 
 
 def measure_linear(

@@ -14,6 +14,20 @@ from .._checks import bad_value
 from .._files import write_whole
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that lies in pieces on several processes (a DTensor) put together, which all of them must ask for; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` in the pieces that `other` lies in."""
+    if not hasattr(other, "full_tensor") or tensor.shape != other.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
+
+
 class Checkpoint:
     """`<out>`: the modules' state dict (safetensors). `<out>.state`: that, the optimizer's, torch's random state and the losses, in
     one file, so that no two of them can come from different steps.
@@ -21,12 +35,20 @@ class Checkpoint:
     Args:
         path: `<out>`. modules: prefix -> module. optimizer: theirs.
         made_by: what the run was asked to do; a state made by something else is refused.
+        writes: False: read, but write nothing. sharded: the parameters lie in pieces on several processes; then all of them must call
+            `save`, to put the pieces together, and one writes.
     """
 
     def __init__(
-        self, path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, made_by: dict[str, Any]
+        self,
+        path: Path,
+        modules: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        made_by: dict[str, Any],
+        writes: bool = True,
     ) -> None:
-        self.path, self.modules, self.optimizer, self.made_by = path, modules, optimizer, made_by
+        self.path, self.modules, self.optimizer, self.made_by, self.writes = path, modules, optimizer, made_by, writes
+        self.sharded = any(hasattr(p, "full_tensor") for module in modules.values() for p in module.parameters())
         self.state_path = path.with_name(path.name + ".state")
         self.last: int | None = None
 
@@ -40,6 +62,8 @@ class Checkpoint:
 
     def save(self, step: int, losses: list[float]) -> None:
         """Write `<out>.state`."""
+        if not (self.writes or self.sharded):
+            return
         tensors = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
         state = self.optimizer.state_dict()
         numbers: dict[str, dict[str, Any]] = {}
@@ -64,12 +88,16 @@ class Checkpoint:
 
     def save_weights(self, step: int, metadata: Mapping[str, str] | None = None) -> None:
         """Write `<out>`."""
+        if not (self.writes or self.sharded):
+            return
         self._write(self.path, self.weights(), {"steps": str(step), **(metadata or {})}, step)
 
     def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], step: int) -> None:
         from safetensors.torch import save
 
-        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        plain = {name: whole(tensor.detach()).cpu().contiguous().clone() for name, tensor in tensors.items()}
+        if not self.writes:
+            return
         try:
             write_whole(path, save(plain, metadata))
         except OSError as error:
@@ -104,13 +132,14 @@ class Checkpoint:
             )
         with torch.no_grad():
             for name, tensor in ours.items():
-                tensor.copy_(weights[name])
+                tensor.copy_(_like(weights[name], tensor))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in kept["optimizer"].items()}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             if kind == "optimizer":
                 index, key = rest.split("/")
-                state.setdefault(int(index), {})[key] = tensor
+                state.setdefault(int(index), {})[key] = _like(tensor, parameters[int(index)])
         self.optimizer.load_state_dict({"state": state, "param_groups": kept["groups"]})
         torch.set_rng_state(tensors["random/cpu"])
         for name, tensor in tensors.items():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .._checks import bad_type, bad_value, require, require_int, require_name
 from .._console import console
 from .._files import require_writable
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, whole
 
 SCHEDULES = ("constant", "linear", "cosine")
 Schedule = str | Callable[[int, int], float]
@@ -97,7 +97,8 @@ def fit(
         optimizer: parameters -> optimizer, in place of AdamW(lr, betas (0.9, 0.95), weight_decay); the schedule scales its rates.
         after_step: called after every optimizer step (to clamp gates, say). on_step: told each step's number and mean loss after that.
         started: told once, before the first step, how many steps an earlier run had done.
-        writes: False: read `<out>.state` but write nothing; for all but the first process of a distributed training.
+        writes: False: read `<out>.state` but write nothing; for all but the first process of a distributed training (whose parameters
+            may lie in pieces on all processes, as DTensors: then the files hold them whole).
         frozen: modules that must not change: they are put in eval mode without gradients while this runs, put back afterwards,
             and every parameter and buffer must be bit-identical at the end. What `modules` holds is left out.
         out: file for the weights (safetensors). Beside it `<out>.state` holds all that is needed to go on. None: nothing is kept.
@@ -136,7 +137,9 @@ def fit(
         "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed, "optimizer": type(optim).__name__,
     }  # fmt: skip
     checkpoint = (
-        None if out is None else Checkpoint(require_writable(out) if writes else Path(out), trained, optim, made_by)
+        None
+        if out is None
+        else Checkpoint(require_writable(out) if writes else Path(out), trained, optim, made_by, writes)
     )
     result = Fitted(modules, 0, path=None if out is None else Path(out))
     bases = [frozen] if isinstance(frozen, nn.Module) else list(frozen)
@@ -164,10 +167,10 @@ def fit(
             bar(loss)
             if on_step is not None:
                 on_step(step, loss)
-            if checkpoint is not None and writes and result.steps % save_every == 0 and result.steps < steps:
+            if checkpoint is not None and result.steps % save_every == 0 and result.steps < steps:
                 checkpoint.save(result.steps, result.losses)
         optim.zero_grad(set_to_none=True)
-        if checkpoint is not None and writes:
+        if checkpoint is not None:
             if result.resumed_at < steps:
                 checkpoint.save(steps, result.losses)
             checkpoint.save_weights(steps, metadata)
@@ -205,7 +208,7 @@ def _one_step(
         raise ValueError("loss_of_batch: got a loss that no parameter of `modules` has a part in, need one to train by")
     if accumulate > 1:
         torch._foreach_div_(gradients, float(accumulate))
-    norm = float(torch.nn.utils.get_total_norm(gradients))
+    norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
     if not math.isfinite(norm):
         raise TrainingStopped(step, f"the gradient's norm is {norm} (loss {total / accumulate:.6g})", kept)
     if clip is not None and norm > clip:

@@ -62,6 +62,7 @@ def train(
     accumulate: int = 1,
     dtype: str = "float32",
     compile: bool | str = False,
+    parallel: str = "ddp",
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     eval_every: int | None = None,
@@ -75,7 +76,7 @@ def train(
 ) -> Fitted:
     """Train `model` on `batches`.
 
-    Started by `torchrun`, it trains data-parallel (DDP; gloo on CPUs, nccl on GPUs, the model on GPU LOCAL_RANK): process r of R takes
+    Started by `torchrun`, it trains data-parallel (gloo on CPUs, nccl on GPUs, the model on GPU LOCAL_RANK): process r of R takes
     batches r, R + r, ...; losses are means over all; the first process alone writes files.
 
     Args:
@@ -86,6 +87,9 @@ def train(
             default a tenth. accumulate: batches a step, gradients averaged.
         dtype: "float32", or "bfloat16": the forward pass under autocast; weights, gradients and optimizer stay float32.
         compile: True, or the name of a backend of `torch.compile`.
+        parallel: with several processes, "ddp": each holds the whole model; "fsdp": parameters, gradients and optimizer state are
+            sharded over them (FSDP2, `fully_shard`: every module in a ModuleList of its own, and the rest), files hold them whole, and
+            the model's parameters stay sharded (DTensors) afterwards.
         evaluate: model (in eval mode, no gradients) -> figures for the log; every `eval_every` steps (default: at the end only).
         out: file for the weights; `<out>.state` beside it is what a killed run goes on from.
         log: file that grows by a step at a time: ".jsonl", an object a step; ".csv", rows of step, name, value. A resumed run cuts off
@@ -107,6 +111,7 @@ def train(
     require_int("accumulate", accumulate, 1)
     require_int("seed", seed, 0)
     require_name("dtype", dtype, DTYPES)
+    require_name("parallel", parallel, ("ddp", "fsdp"))
     if eval_every is not None:
         require_int("eval_every", eval_every, 1)
         require(evaluate is not None, "eval_every", eval_every, "`evaluate` beside it")
@@ -122,7 +127,10 @@ def train(
 
     with _processes(model) as (rank, world):
         run: Any = model
-        if world > 1:
+        sharded = world > 1 and parallel == "fsdp"
+        if sharded:
+            _shard(model, world)
+        elif world > 1:
             device = next(model.parameters()).device
             run = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
         wrapped = run
@@ -136,7 +144,9 @@ def train(
             torch.manual_seed((seed * 1_000_003 + number * world + rank) % 2**63)
             batch = _to(batches(number * world + rank), device)
             waiting = world > 1 and (number + 1) % accumulate != 0
-            with wrapped.no_sync() if waiting else nullcontext():  # type: ignore[operator]
+            if sharded:
+                wrapped.set_requires_gradient_sync(not waiting)  # type: ignore[operator]
+            with wrapped.no_sync() if waiting and not sharded else nullcontext():  # type: ignore[operator]
                 with torch.autocast(device.type, dtype=half) if half is not None else nullcontext():
                     value = loss(run, batch)
                 if not isinstance(value, Tensor) or value.numel() != 1:
@@ -155,7 +165,7 @@ def train(
         def on_step(step: int, value: float) -> None:
             row = {"loss": value, "lr": made[0].param_groups[0]["lr"], "seconds": time.perf_counter() - began}
             due = step + 1 == steps or (eval_every is not None and (step + 1) % eval_every == 0)
-            if evaluate is not None and due and first:
+            if evaluate is not None and due and (first or sharded):  # a sharded model runs on all processes or on none
                 model.eval()
                 with torch.no_grad(), torch.random.fork_rng():
                     row.update({name: float(found) for name, found in evaluate(model).items()})
@@ -194,6 +204,21 @@ def _processes(model: nn.Module) -> Iterator[tuple[int, int]]:
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _shard(model: nn.Module, world: int) -> None:
+    """FSDP2: one unit for each module of a ModuleList, gathered when its forward comes, and one for what is left."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world,))
+    for parts in reversed(
+        [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    ):  # the inner first
+        for part in parts:
+            if any(p.requires_grad for p in part.parameters()) and type(part).forward is not nn.Module.forward:
+                fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def _to(batch: Any, device: torch.device) -> Any:
