@@ -27,6 +27,8 @@ _TABLE = {
     "attach": ".integrations.transformers",
     "detach": ".integrations.transformers",
     "record": ".lens.record",
+    "chat_spans": ".integrations.spans",
+    "text_spans": ".integrations.spans",
     "load_official": ".integrations.official",
     "AttentionCall": ".methods.call",
     "Method": ".methods.call",
@@ -65,6 +67,11 @@ _TABLE = {
     "HarmonicALiBi": ".methods.sparse.pr_flash_attention",
     "ZeroTuning": ".methods.edits.zero_tuning",
     "MaskHeads": ".methods.edits.mask_heads",
+    "ACT": ".methods.edits.act",
+    "LoFiT": ".methods.edits.lofit",
+    "Linearized": ".methods.caches.linearized",
+    "LinearizedEncoder": ".methods.caches.linearized",
+    "Emphasize": ".methods.edits.emphasize",
     "LargePiG": ".methods.decoders.largepig",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

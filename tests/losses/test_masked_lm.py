@@ -52,6 +52,20 @@ def test_collator_marks_the_learned_parts():
     assert batch["attention_mask"].sum(1).tolist() == [5, 6]
 
 
+def test_begin_tokens():
+    class Begins(CharTokenizer):
+        def __init__(self):
+            super().__init__()
+            self.bos_token_id = 5
+
+    sample = [("a", 0), ("b", 1)]
+    a, b = CharTokenizer()("ab")["input_ids"]
+    assert MaskedCollator(Begins())([sample])["labels"].tolist() == [[-100, -100, b]]
+    parts = MaskedCollator(Begins(), bos="parts")([sample])
+    assert parts["input_ids"].tolist() == [[5, a, 5, b]] and parts["labels"].tolist() == [[-100, -100, 5, b]]
+    assert MaskedCollator(Begins(), bos=False)([sample])["input_ids"].tolist() == [[a, b]]
+
+
 def test_first_token_is_never_learned_and_ids_do_for_text():
     batch = MaskedCollator(pad=9)([[([3, 4], 1)], [([5, 6, 7], 1)]])
     assert batch["labels"].tolist() == [[-100, 4, -100], [-100, 6, 7]]
@@ -93,8 +107,15 @@ def test_packing(isolate):
 
 def test_packing_takes_the_least_filled_row():
     samples = [[([1] * n, 1)] for n in (6, 7, 3, 4, 2)]
-    rows = MaskedCollator(pack=10, isolate=False)(samples)["attention_mask"].sum(1).tolist()
-    assert rows == [9, 7, 6]  # 6 | 6, 7 | 6+3, 7 | 4 needs a new row | 2 into the row of 4
+    batch = MaskedCollator(pack=10, isolate=False)(samples)
+    assert batch["input_ids"].shape == (3, 10)
+    assert sorted(batch["attention_mask"].sum(1).tolist()) == [
+        6,
+        7,
+        9,
+    ]  # 6 | 6, 7 | 6+3, 7 | 4 needs a row | 2 beside 4
+    ids = MaskedCollator(pack=10, isolate=True)(samples)["position_ids"]
+    assert ids.max() == 6
 
 
 class Chat(CharTokenizer):

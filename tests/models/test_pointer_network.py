@@ -24,7 +24,7 @@ def test_head_is_its_formula_and_masks_to_zero():
     order = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(head(states, places[:, order]), scores[..., order])
     with torch.no_grad():  # in pieces
-        import regard.models.pointer_network as module
+        import regard.ops.additive as module
 
         keep, module._PIECE = module._PIECE, 1
         torch.testing.assert_close(head(states, places), scores)

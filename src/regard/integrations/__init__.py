@@ -11,6 +11,10 @@ _TABLE = {
     "attach": ".transformers",
     "detach": ".transformers",
     "session_of": ".transformers",
+    "chat_spans": ".spans",
+    "find_text": ".spans",
+    "text_spans": ".spans",
+    "SpannedPrompt": ".spans",
     "load": ".hub",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

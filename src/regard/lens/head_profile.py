@@ -7,17 +7,17 @@ The larger of the two groups is then tuned together, with the factor that does b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import require, require_name
-from ..integrations.transformers import attach
 from ..methods.edits.zero_tuning import ZeroTuning
 from .head_scores import HeadScores
+from .head_search import next_token_objective, search_heads
 
 __all__ = ["HeadProfile", "profile_heads", "tune_gamma"]
 
@@ -87,7 +87,7 @@ def profile_heads(
         labels: for the accuracy, the right next token of each prompt, one int64 (B,) a batch.
         gammas: factors to try, above and below 1.
         objective: "accuracy" (share of prompts whose likeliest next token is the label) or "entropy" (of the next-token
-            distribution in nats, less is better). None: accuracy where labels are given.
+            distribution in nats, less is better), or "log-probability" of the label. None: accuracy where labels are given.
         each: "head": each head number in all `layers` at once (the authors' mode 1); "layer": each layer with all `heads` (mode 2);
             "both": each head of each layer alone (mode 0).
         heads, layers: restrict the search; None = all. choices: token ids that an answer may be; None = the whole vocabulary.
@@ -96,27 +96,21 @@ def profile_heads(
     """
     require_name("each", each, EACH)
     require(gammas[0] > 1 > gammas[1] >= 0, "gammas", gammas, "a factor above 1 and one in [0, 1)")
-    measure = _objective(model, list(inputs), None if labels is None else list(labels), objective, choices)
-    with attach(model) as session:
-        config = model.config.get_text_config(decoder=True)
-        shape = (session.num_layers, config.num_attention_heads)
-    wanted_heads = list(range(shape[1])) if heads is None else list(heads)
-    wanted_layers = list(range(shape[0])) if layers is None else list(layers)
+    measure = next_token_objective(model, inputs, labels, objective=objective, choices=choices)
     baseline = measure(None)
     tables = []
     for gamma in gammas:
-        if each == "head":
-            trials = [((0, h), ZeroTuning(gamma, heads=[h], layers=wanted_layers)) for h in wanted_heads]
-            table = torch.full((1, shape[1]), torch.nan)
-        elif each == "layer":
-            trials = [((la, 0), ZeroTuning(gamma, heads=wanted_heads, layers=[la])) for la in wanted_layers]
-            table = torch.full((shape[0], 1), torch.nan)
-        else:
-            trials = [((la, h), ZeroTuning(gamma, heads=[(la, h)])) for la in wanted_layers for h in wanted_heads]
-            table = torch.full(shape, torch.nan)
-        for place, method in trials:
-            table[place] = measure(method) - baseline
-        tables.append(HeadScores(table, name=f"gain at gamma {gamma:g}"))
+        table = search_heads(
+            model,
+            lambda pairs, gamma=gamma: ZeroTuning(gamma, heads=pairs),  # type: ignore[misc]
+            measure,
+            heads=heads,
+            layers=layers,
+            each=each,
+            baseline=baseline,
+        )
+        table.name = f"gain at gamma {gamma:g}"
+        tables.append(table)
     return HeadProfile(tables[0], tables[1], baseline, each)
 
 
@@ -138,51 +132,7 @@ def tune_gamma(
     Other arguments as in `profile_heads` and `ZeroTuning`.
     """
     require(bool(gammas), "gammas", gammas, "at least one factor")
-    measure = _objective(model, list(inputs), None if labels is None else list(labels), objective, choices)
+    measure = next_token_objective(model, inputs, labels, objective=objective, choices=choices)
     table = {float(gamma): measure(ZeroTuning(float(gamma), heads=heads, layers=layers)) for gamma in gammas}
     best = max(table, key=lambda gamma: (table[gamma], -abs(gamma - 1.0)))
     return best, table
-
-
-def _objective(
-    model: nn.Module, inputs: list[Inputs], labels: list[Tensor] | None, objective: str | None, choices: Tensor | None
-) -> Callable[[ZeroTuning | None], float]:
-    """A function of the method (None = none): mean over prompts, more is better."""
-    name = objective or ("entropy" if labels is None else "accuracy")
-    require_name("objective", name, ("accuracy", "entropy"))
-    require(bool(inputs), "inputs", "none", "at least one batch")
-    if name == "accuracy":
-        require(
-            labels is not None and len(labels) == len(inputs),
-            "labels",
-            labels and len(labels),
-            f"{len(inputs)} batches",
-        )
-
-    def measure(method: ZeroTuning | None) -> float:
-        total, count = 0.0, 0
-        with attach(model, *([] if method is None else [method])):
-            for number, batch in enumerate(inputs):
-                logits = _next_token_logits(model, batch)
-                if choices is not None:
-                    logits = logits[:, choices.to(logits.device)]
-                if name == "entropy":
-                    total -= float(torch.distributions.Categorical(logits=logits).entropy().sum())
-                else:
-                    picked = logits.argmax(-1)
-                    picked = picked if choices is None else choices.to(picked.device)[picked]
-                    total += float((picked == labels[number].to(picked.device)).sum())  # type: ignore[index]
-                count += len(logits)
-        return total / count
-
-    return measure
-
-
-def _next_token_logits(model: nn.Module, batch: Inputs) -> Tensor:
-    """Float32 logits (B, V) after the last real token of each prompt."""
-    logits = model(**batch, use_cache=False).logits
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return logits[:, -1].float()
-    last = mask.shape[1] - 1 - mask.flip(1).to(torch.uint8).argmax(1)
-    return logits[torch.arange(len(logits), device=logits.device), last.to(logits.device)].float()

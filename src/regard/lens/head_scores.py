@@ -31,12 +31,14 @@ class HeadScores:
         scores: (L, H), floating. NaN: no score.
         runs: (R, L, H), one table for each run that `scores` is the mean of; None where there is no such thing.
         name: what was measured ("retrieval", ...). info: how (model, settings, number of samples), JSON values.
+        unit: what a column is: "head", or "expert" for the experts of a mixture (then H is their number).
     """
 
     scores: Tensor
     runs: Tensor | None = None
     name: str = ""
     info: dict[str, Any] = field(default_factory=dict)
+    unit: str = "head"
 
     def __post_init__(self) -> None:
         require_tensor("scores", self.scores, dims=2, floating=True)
@@ -81,7 +83,7 @@ class HeadScores:
 
     def __repr__(self) -> str:
         best = ", ".join(f"{layer}-{head} {self[layer, head]:.2f}" for layer, head in self.ranking()[:3])
-        size = f"{self.num_layers} layers x {self.num_heads} heads, {self.num_runs} runs"
+        size = f"{self.num_layers} layers x {self.num_heads} {self.unit}s, {self.num_runs} runs"
         return f"<HeadScores {self.name or 'unnamed'}: {size}; top: {best or 'none'}>"
 
     # Which heads
@@ -173,6 +175,14 @@ class HeadScores:
             f"shape {tuple(self.scores.shape)}",
         )
 
+    # On paper
+
+    def plot(self, path: str | Path, title: str = "") -> Path:
+        """Draw the table as a heat map (PNG, PDF or SVG, by the ending); see `plot_scores` for several in one picture."""
+        from .head_plot import plot_scores
+
+        return plot_scores({self.name or "score": self}, path, title=title)
+
     # On disk
 
     def save(self, path: str | Path) -> None:
@@ -193,7 +203,7 @@ class HeadScores:
             tensors = {"scores": self.scores.contiguous()} | (
                 {} if self.runs is None else {"runs": self.runs.contiguous()}
             )
-            _write(path, save(tensors, metadata={"name": self.name, "info": json.dumps(self.info)}))
+            _write(path, save(tensors, metadata={"name": self.name, "info": json.dumps(self.info), "unit": self.unit}))
         else:
             raise bad_value("path", str(path), "a name that ends in .safetensors or .json")
 
@@ -233,9 +243,9 @@ class HeadScores:
         except SafetensorError as error:
             raise bad_value("path", str(path), f"a whole safetensors file ({error})") from None
         require("scores" in tensors, "path", str(path), "a file that HeadScores.save wrote (it holds no 'scores')")
-        return cls(
-            tensors["scores"], tensors.get("runs"), metadata.get("name", ""), json.loads(metadata.get("info", "{}"))
-        )
+        info = json.loads(metadata.get("info", "{}"))
+        name, unit = metadata.get("name", ""), metadata.get("unit", "head")
+        return cls(tensors["scores"], tensors.get("runs"), name, info, unit)
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -52,6 +52,14 @@ def induction(record: Record) -> HeadScores:
     return _over_rows(record, {"induction": _induction(record)})["induction"]
 
 
+def duplicate_token(record: Record) -> HeadScores:
+    """Mean attention mass on earlier copies of the query's own token; in [0, 1].
+
+    Only queries whose token occurred before count; NaN where a prompt repeats nothing (Wang et al. 2022, the IOI circuit).
+    """
+    return _over_rows(record, {"duplicate token": _duplicate_token(record)})["duplicate token"]
+
+
 def profile(record: Record) -> dict[str, HeadScores]:
     """All probes of this file, with their defaults, in one pass over the weights."""
     probes: dict[str, Probe] = {
@@ -62,6 +70,7 @@ def profile(record: Record) -> dict[str, HeadScores]:
     }
     if record.tokens is not None:
         probes["induction"] = _induction(record)
+        probes["duplicate token"] = _duplicate_token(record)
     return _over_rows(record, probes)
 
 
@@ -95,16 +104,30 @@ def _previous_token(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _induction(record: Record) -> Probe:
+    same = _same_token(record)
+    follows = torch.zeros_like(same)
+    follows[:, :, 1:] = same[:, :, :-1]
+    return _mass_on(follows & torch.ones_like(same[0]).tril())
+
+
+def _duplicate_token(record: Record) -> Probe:
+    same = _same_token(record)
+    return _mass_on(same & torch.ones_like(same[0]).tril(-1))
+
+
+def _same_token(record: Record) -> Tensor:
+    """Which keys hold the query's token, bool (B, N, N)."""
     tokens = record.tokens
     if tokens is None:
         raise ValueError("record: it has no tokens, need a record of a language model")
-    same = tokens[:, :, None] == tokens[:, None, :]
-    follows = torch.zeros_like(same)
-    follows[:, :, 1:] = same[:, :, :-1]
-    follows &= torch.ones_like(same[0]).tril().bool()
+    return tokens[:, :, None] == tokens[:, None, :]
+
+
+def _mass_on(keys: Tensor) -> Probe:
+    """The mass on some keys of each query, bool (B, N, N); queries that have none do not count."""
 
     def mass(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = follows[:, rows.cpu()].to(weights.device)[:, None]
+        wanted = keys[:, rows.cpu()].to(weights.device)[:, None]
         value = (weights * wanted).sum(-1)
         return value, wanted.any(-1).expand(value.shape)
 

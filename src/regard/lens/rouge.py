@@ -7,9 +7,11 @@ changes that NLTK made to it, which is what `rouge_score` calls.
 from __future__ import annotations
 
 import re
+import string
 from collections import Counter
+from collections.abc import Sequence
 
-__all__ = ["porter_stem", "rouge1_recall"]
+__all__ = ["keyword_recall", "porter_stem", "rouge1_recall"]
 
 _VOWELS = frozenset("aeiou")
 _IRREGULAR = {
@@ -32,6 +34,14 @@ def rouge1_recall(reference: str, answer: str) -> float:
     """Share of the reference's words, counted with repetition, that the answer has; 0 for an empty reference."""
     wanted, got = Counter(_words(reference)), Counter(_words(answer))
     return sum((wanted & got).values()) / max(1, wanted.total())
+
+
+def keyword_recall(words: Sequence[str], answer: str) -> float:
+    """Share of the words (lower case) that the answer has as words of its own: in lower case, punctuation made spaces. The needle
+    metric of Wang et al. 2024 (194, arXiv 2411.02688), whose error is 1 less this."""
+    plain = answer.lower().translate({ord(sign): " " for sign in string.punctuation})
+    said = {word.strip() for word in re.split("[ \n]", plain)}
+    return sum(word in said for word in words) / max(1, len(words))
 
 
 def _words(text: str) -> list[str]:

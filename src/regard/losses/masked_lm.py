@@ -77,19 +77,20 @@ class MaskedCollator:
     Args:
         tokenizer: a Hugging Face tokenizer; may be None where all parts are ids.
         pad: id that fills up rows; None: the tokenizer's pad token, else its end token, else 0.
-        bos, eos: whether a sample begins with the tokenizer's begin token (never learned), and ends with its end token (learned as
-            the last part is).
+        bos: True: a sample begins with the tokenizer's begin token, which is never learned; "parts": every part does, and the one of a
+            learned part is learned (what tokenising the parts one by one with special tokens gives). eos: a sample ends with its end
+            token, learned as the last part is.
         max_length: longest row, in tokens. too_long: what becomes of longer samples: "drop" (counted in `dropped`), "left" or "right"
             (cut there), "error".
         pack: None, or the tokens that a row may hold: samples are packed into as few rows as the least filled row first gives
-            (PTR's own way); needs no `max_length`.
+            (PTR's own way), each `pack` long; needs no `max_length`.
         isolate: packed samples do not see each other (a mask (B, 1, N, N)) and count positions from 0; False: they do, as in PTR's code.
             A sample's first token is never learned from the sample before.
     """
 
     tokenizer: Any = None
     pad: int | None = None
-    bos: bool = True
+    bos: bool | str = True
     eos: bool = False
     max_length: int | None = None
     too_long: str = "drop"
@@ -98,6 +99,7 @@ class MaskedCollator:
     dropped: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        require(self.bos in (True, False, "parts"), "bos", self.bos, "True, False or 'parts'")
         require_name("too_long", self.too_long, ("drop", "left", "right", "error"))
         for name in ("max_length", "pack"):
             if getattr(self, name) is not None:
@@ -122,14 +124,14 @@ class MaskedCollator:
         if isinstance(sample, (str, bytes)) or not isinstance(sample, Sequence) or not sample:
             raise bad_type("sample", sample, "a sequence of (text or ids, weight) pairs")
         begin = self._special("bos_token_id") if self.bos else None
-        ids: list[int] = [] if begin is None else [begin]
+        ids: list[int] = [] if begin is None or self.bos == "parts" else [begin]
         weights: list[float] = [0.0] * len(ids)
         for part in sample:
             if not isinstance(part, Sequence) or len(part) != 2 or isinstance(part, str):
                 raise bad_type("sample", part, "(text or ids, weight) pairs")
             text, weight = part
             require(not isinstance(weight, str) and float(weight) >= 0, "weight", weight, "a number >= 0")
-            more = self._ids(text)
+            more = [begin, *self._ids(text)] if self.bos == "parts" and begin is not None else self._ids(text)
             ids += more
             weights += [float(weight)] * len(more)
         if self.eos:
@@ -167,19 +169,22 @@ class MaskedCollator:
         """Each sample, in order, into the row that is least full, if it fits there, else into a new one."""
         assert self.pack is not None
         rows: list[list[tuple[list[int], list[float]]]] = []
-        filled: list[tuple[int, int]] = []
+        filled: list[tuple[int, list[int], int]] = []  # of equally full rows, the one whose tokens sort first
         for ids, weights in samples:
-            if filled and filled[0][0] + len(ids) <= self.pack:
-                size, row = heapq.heappop(filled)
+            least = heapq.heappop(filled) if filled else None
+            if least is not None and least[0] + len(ids) <= self.pack:
+                size, held, row = least
             else:
-                size, row = 0, len(rows)
+                if least is not None:
+                    heapq.heappush(filled, least)
+                size, held, row = 0, [], len(rows)
                 rows.append([])
             rows[row].append((ids, weights))
-            heapq.heappush(filled, (size + len(ids), row))
-        return rows
+            heapq.heappush(filled, (size + len(ids), held + ids, row))
+        return [rows[row] for _, _, row in filled]
 
     def _batch(self, rows: list[list[tuple[list[int], list[float]]]]) -> dict[str, Tensor]:
-        longest = max(sum(len(ids) for ids, _ in row) for row in rows)
+        longest = self.pack or max(sum(len(ids) for ids, _ in row) for row in rows)
         shape = (len(rows), longest)
         made = torch.full(shape, self.pad, dtype=torch.int64)
         owner = torch.full(shape, -1, dtype=torch.int64)  # which sample of its row a token belongs to; -1: padding

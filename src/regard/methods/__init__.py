@@ -47,6 +47,15 @@ _TABLE = {
     "CCAAttention": ".sparse.cca_attention",
     "ZeroTuning": ".edits.zero_tuning",
     "MaskHeads": ".edits.mask_heads",
+    "ACT": ".edits.act",
+    "LoFiT": ".edits.lofit",
+    "HeadAffine": ".edits.lofit",
+    "Linearized": ".caches.linearized",
+    "LinearizedEncoder": ".caches.linearized",
+    "linear_maps": ".caches.linear_maps",
+    "save_linear_maps": ".caches.linear_maps",
+    "load_linear_maps": ".caches.linear_maps",
+    "Emphasize": ".edits.emphasize",
     "LargePiG": ".decoders.largepig",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

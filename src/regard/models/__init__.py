@@ -3,7 +3,16 @@
 from .._lazy import lazy_exports
 
 _TABLE = {
+    "AspectClassifier": ".aspect_classifier",
+    "AspectMemoryNetwork": ".aspect_classifier",
+    "aspect_position_weight": ".aspect_classifier",
+    "AttentionClassifier": ".attention_classifier",
+    "Classified": ".attention_classifier",
+    "RecurrentEncoder": ".attention_classifier",
     "BasedLM": ".based",
+    "DARE": ".dare",
+    "DAREOutput": ".dare",
+    "click_loss": ".dare",
     "BlockOutput": ".block_transformer",
     "BlockState": ".block_transformer",
     "BlockTransformer": ".block_transformer",
@@ -22,6 +31,7 @@ _TABLE = {
     "l2vit": ".l2vit",
     "LandmarkGPT": ".landmark_gpt",
     "MAViT": ".mavit",
+    "MQSATED": ".mqsa_ted",
     "RATLM": ".rat_lm",
     "mavit": ".mavit",
     "Sampling": ".sampling",
@@ -32,6 +42,7 @@ _TABLE = {
     "SmallLM": ".small_lm",
     "SmallLMState": ".small_lm",
     "SmallViT": ".small_vit",
+    "TitansLM": ".titans_lm",
     "shvit_s1": ".shvit",
     "shvit_s2": ".shvit",
     "shvit_s3": ".shvit",

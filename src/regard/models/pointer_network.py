@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import require, require_int, require_name, require_tensor
+from ..ops.additive import additive_scores
 
 __all__ = ["PointerHead", "PointerNetwork"]
 
 NOTHING = -1
 CONSTRAINTS = ("none", "distinct", "tour")
-_PIECE = 1 << 24  # entries of tanh(...) at a time where no gradient is wanted
 
 
 class PointerHead(nn.Module):
@@ -40,13 +40,7 @@ class PointerHead(nn.Module):
             require_tensor(name, tensor, dims=3, floating=True)
             need = f"(B, n, {len(self.v)})"
             require(tensor.shape[2] == len(self.v), name, f"shape {tuple(tensor.shape)}", need)
-        keys, queries = self.w1(places), self.w2(states)
-        step = max(1, states.shape[1])
-        if not torch.is_grad_enabled():
-            step = max(1, min(step, _PIECE // max(1, keys.numel())))
-        scores = torch.cat(
-            [torch.tanh(keys[:, None] + some[:, :, None]) @ self.v for some in queries.split(step, dim=1)], dim=1
-        )
+        scores = additive_scores(self.w2(states), self.w1(places), self.v)
         return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._checks import bad_type, bad_value, require, require_int, require_name, require_tensor
 from ..nn.mixers import MIXERS, build_mixer, can_decode, decode_mixer, run_mixer, state_bytes, takes
 from ..nn.sequence.pre_norm import require_rate
+from ..nn.sequence.short_conv import ShortConv
 
 __all__ = ["SmallLM", "SmallLMState"]
 
@@ -35,21 +36,6 @@ class SmallLMState:
     def nbytes(self) -> int:
         """Bytes held."""
         return state_bytes([self.convs, self.mixers])
-
-
-class ShortConv(nn.Module):
-    """A causal convolution of each channel over `width` tokens: (B, N, dim) -> (B, N, dim). Starts near nothing."""
-
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.width = require_int("width", width, 2)
-        self.conv = nn.Conv1d(dim, dim, width, groups=dim, bias=False)
-
-    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """before: the last `width - 1` tokens (zeros at the start). Returns the output and the last `width - 1` tokens."""
-        before = x.new_zeros(x.shape[0], self.width - 1, x.shape[2]) if before is None else before
-        whole = torch.cat((before, x), dim=1)
-        return self.conv(whole.transpose(1, 2)).transpose(1, 2), whole[:, whole.shape[1] - self.width + 1 :]
 
 
 class Block(nn.Module):

@@ -226,6 +226,13 @@ def split_joint_qk(state: dict[str, Tensor], joint: str, names: dict[str, str]) 
     return ours
 
 
+def split_grouped_qkv(tensor: Tensor, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """lit-gpt's joint projection (weight or bias), rows group by group (its queries, its key, its value) -> those of q, k, v."""
+    group = num_heads // num_kv_heads
+    rows = tensor.unflatten(0, (num_kv_heads, group + 2, head_dim))
+    return tuple(part.flatten(0, 2) for part in rows.split((group, 1, 1), dim=1))
+
+
 def levit_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the LeViT family's short module names in a state dict to those of this file; ours pass unchanged."""
     return {".".join(_SHORT_NAMES.get(part, part) for part in key.split(".")): value for key, value in state.items()}

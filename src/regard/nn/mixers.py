@@ -67,6 +67,9 @@ MIXERS: dict[str, MixerKind] = {
     "sliding_window": _kind(".sequence.softmax_attention:SoftmaxAttention", "causal", window=64),
     "gated": _kind(".sequence.gated_attention:GatedAttention"),
     "gated_headwise": _kind(".sequence.gated_attention:GatedAttention", gate="headwise"),
+    "similarity": _kind(".sequence.similarity_attention:SimilarityAttention"),
+    "sigmoid": _kind(".sequence.similarity_attention:SimilarityAttention", similarity="sigmoid", normalize="none"),
+    "softmax_off_by_one": _kind(".sequence.similarity_attention:SimilarityAttention", normalize="sum+1"),
     "mixture_of_heads": _kind(".sequence.mixture_of_heads:MixtureOfHeadAttention", shared=1, active=2),
     "relative_conv": _kind(".sequence.rcmha:RelativeConvAttention"),
     "selective": _kind(".sequence.selective_attention:SelectiveAttention", "causal", variant="paper"),
@@ -88,6 +91,7 @@ MIXERS: dict[str, MixerKind] = {
     "linear": _kind(".sequence.linear_attention:LinearAttention", feature_map="elu+1"),
     "linear_relu": _kind(".sequence.linear_attention:LinearAttention", feature_map="relu"),
     "linear_symmetric": _kind(".sequence.linear_attention:LinearAttention", feature_map="symmetric_softmax"),
+    "hedgehog": _kind(".sequence.hedgehog:HedgehogAttention"),
     "based": _kind(".sequence.based:BasedLinearAttention"),
     "gated_conv": _kind(".sequence.based:GatedShortConv", "causal"),
     "linear_decay": _kind(
@@ -113,6 +117,10 @@ MIXERS: dict[str, MixerKind] = {
     "qlstm": _kind(".sequence.qlstm:QLSTM", "causal"),
     "rat": _kind(".sequence.recurrent_chunks:RATAttention", "causal"),
     "gated_recurrence": _kind(".sequence.recurrent_chunks:GatedRecurrence", "causal"),
+    "titans_lmm": _kind(".sequence.neural_memory:NeuralMemory", "causal"),
+    "titans_mac": _kind(".sequence.titans:TitansMAC", "causal"),
+    "titans_mag": _kind(".sequence.titans:TitansMAG", "causal"),
+    "titans_mal": _kind(".sequence.titans:TitansMAL", "causal"),
 }
 """Name -> how to build it. One line a mixer; add yours."""
 

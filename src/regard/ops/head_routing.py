@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .._checks import bad_type, bad_value, require, require_int, require_name, require_tensor
+from . import masks
 from .attention import attention
-from .masks import as_mask, from_function
 from .reference import accumulation_dtype
 
 __all__ = [
@@ -191,7 +191,7 @@ def selected_rows_attention(
     `max_h(tokens that use head h)` queries instead of N. Exact up to rounding, differentiable.
 
     Args:
-        q: (B, H, N, D). k: (B, H, M, D). v: (B, H, M, Dv).
+        q: (B, H, N, D). k: (B, Hkv, M, D). v: (B, Hkv, M, Dv).
         selected: (B, H, N) bool, which rows to compute. The first `shared` heads are taken as used by every token.
         mask: as in `regard.ops.attention`, read at the queries' true positions (the last row stands at the last key).
         scale, dropout: as in `regard.ops.attention`.
@@ -201,14 +201,17 @@ def selected_rows_attention(
     require_tensor("selected", selected, dims=3)
     require(selected.dtype == torch.bool, "selected", selected.dtype, "a bool tensor")
     require(selected.shape == q.shape[:3], "selected", f"shape {tuple(selected.shape)}", f"{tuple(q.shape[:3])} like q")
-    require(k.shape[1] == q.shape[1], "k", f"{k.shape[1]} heads", f"q's {q.shape[1]} heads (no grouped queries here)")
+    groups = k.shape[1] and q.shape[1] % k.shape[1] == 0 and v.shape[1] == k.shape[1]
+    require(bool(groups), "k, v", f"{k.shape[1]} and {v.shape[1]} heads", f"one divisor of q's {q.shape[1]} heads")
+    if k.shape[1] < q.shape[1]:  # which heads a packed row belongs to has nothing to do with groups
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     require_int("shared", shared)
     require(shared <= q.shape[1], "shared", shared, f"at most q's {q.shape[1]} heads")
     q_len, kv_len = q.shape[2], k.shape[2]
     if isinstance(mask, Tensor):
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
         mask = mask.expand(*mask.shape[:2], q_len, kv_len)
-    whole = None if mask is None else as_mask(mask)
+    whole = None if mask is None else masks.as_mask(mask)
     parts = []
     if shared:
         parts.append(attention(q[:, :shared], k[:, :shared], v[:, :shared], mask=whole, scale=scale, dropout=dropout))
@@ -216,20 +219,40 @@ def selected_rows_attention(
         q, k, v, selected = q[:, shared:], k[:, shared:], v[:, shared:], selected[:, shared:]
         capacity = int(selected.sum(-1).max()) if selected.numel() else 0
         rows = selected.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :capacity]
-        packed_mask = None
-        if whole is not None:
-
-            def at_true_positions(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-                return whole(b, h + shared, rows[b, h, q_idx] + (kv_len - q_len), kv_idx)
-
-            packed_mask = from_function(at_true_positions)
         index = rows.unsqueeze(-1)
         packed = q.gather(2, index.expand(-1, -1, -1, q.shape[-1]))
-        out = attention(packed, k, v, mask=packed_mask, q_offset=0, scale=scale, dropout=dropout)
+        if whole is masks.causal:
+            out = _packed_causal(packed, k, v, rows + (kv_len - q_len), scale, dropout)
+        else:
+            out = attention(
+                packed, k, v, mask=_moved(whole, rows, shared, kv_len - q_len), q_offset=0, scale=scale, dropout=dropout
+            )
         out = out * selected.gather(2, rows).unsqueeze(-1)  # rows that only pad the emptier heads
         blank = torch.zeros(*q.shape[:3], v.shape[-1], dtype=out.dtype, device=out.device)
         parts.append(blank.scatter(2, index.expand(-1, -1, -1, v.shape[-1]), out))
     return torch.cat(parts, 1)
+
+
+def _packed_causal(q: Tensor, k: Tensor, v: Tensor, places: Tensor, scale: float | None, dropout: float) -> Tensor:
+    """Packed queries that stand at `places` (B, H, n), rising: heads become batch rows, each query an interval of keys."""
+    if not q.numel():
+        return v.new_zeros(*q.shape[:3], v.shape[-1])
+    batch, heads = q.shape[:2]
+    q, k, v = (t.flatten(0, 1).unsqueeze(1) for t in (q, k, v))
+    mask = masks.intervals(torch.zeros_like(places).flatten(0, 1), places.flatten(0, 1))
+    out = attention(q, k, v, mask=mask, q_offset=0, scale=scale, dropout=dropout)
+    return out.squeeze(1).unflatten(0, (batch, heads))
+
+
+def _moved(mask: masks.Mask | None, rows: Tensor, shared: int, offset: int) -> masks.Mask | None:
+    """`mask` for packed queries: row i of head h is row `rows[b, h, i]` of head `h + shared` of the whole."""
+    if mask is None:
+        return None
+
+    def at_true_positions(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask(b, h + shared, rows[b, h, q_idx] + offset, kv_idx)
+
+    return masks.from_function(at_true_positions)
 
 
 def _probabilities(name: str, logits: Tensor | None, width: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,12 +85,16 @@ def _read(source: str | Path | None, limit: int) -> bytes:
 
 
 def _from_hub(name: str, limit: int) -> bytes:
+    texts = [row["text"] for row in islice(hub_rows(name), limit) if isinstance(row.get("text"), str)]
+    return "\n".join(texts).encode()
+
+
+def hub_rows(name: str) -> Iterator[Any]:
+    """Rows of the Hugging Face data set "NAME", "NAME//CONFIG" or "NAME//CONFIG:SPLIT" (default: train), streamed."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError("source: 'hf:...' needs the package `datasets` (pip install datasets)") from error
     name, _, split = name.partition(":")
     name, _, config = name.partition("//")
-    rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-    texts = [row["text"] for row in islice(rows, limit) if isinstance(row.get("text"), str)]
-    return "\n".join(texts).encode()
+    yield from load_dataset(name, config or None, split=split or "train", streaming=True)

@@ -12,6 +12,8 @@ from ..._checks import require_name
 from .claim import Claim
 
 MODULES = {
+    "003": "c003_attention_at",
+    "028": "c028_attention_vat",
     "004": "c004_moh",
     "005": "c005_landmark",
     "010": "c010_routing",
@@ -21,6 +23,7 @@ MODULES = {
     "018": "c018_moa",
     "020": "c020_seer_attention",
     "021": "c021_sea",
+    "023": "c023_dare",
     "026": "c026_neighborhood",
     "030": "c030_hyper_attention",
     "032": "c032_look_m",
@@ -30,18 +33,22 @@ MODULES = {
     "041": "c041_sink_lora",
     "042": "c042_s2_attention",
     "058": "c058_selective_attention",
+    "062": "c062_mqsa_ted",
     "067": "c067_recycled_attention",
     "050": "c050_combiner",
     "068": "c068_duo_attention",
     "070": "c070_prflash",
     "074": "c074_gated_attention",
     "076": "c076_l2vit",
+    "077": "c077_act",
     "078": "c078_kinetics",
     "079": "c079_fusemax",
     "080": "c080_adl",
     "081": "c081_zero_tuning",
     "084": "c084_mala",
+    "085": "c085_hedgehog",
     "087": "c087_inline",
+    "088": "c088_attention_sink",
     "089": "..scale.claim",  # of a floor above: named, not imported
     "092": "c092_dhsa",
     "115": "c115_agent_attention",
@@ -61,6 +68,9 @@ MODULES = {
     "150": "c150_long_heads",
     "162": "c162_rcmha",
     "167": "c167_retrieval_attention",
+    "194": "c194_context_awareness",
+    "179": "c179_ptr",
+    "177": "c177_attention_influence",
     "189": "c189_largepig",
 }
 """Paper id -> module of this package."""

@@ -4,6 +4,11 @@ from ..._lazy import lazy_exports
 
 _TABLE = {
     "ZeroTuning": ".zero_tuning",
+    "Emphasize": ".emphasize",
+    "emphasis_exponent": ".emphasize",
     "MaskHeads": ".mask_heads",
+    "ACT": ".act",
+    "LoFiT": ".lofit",
+    "HeadAffine": ".lofit",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

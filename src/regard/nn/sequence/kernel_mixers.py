@@ -6,7 +6,6 @@ efficient_attention (Shark-NLP/CAB @ 0e49696, MIT).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..._checks import require_int, require_name
 from ...ops.state.favor import orthogonal_projection, softmax_features
+from ...ops.state.feature_maps import cosine_reweight, elu_plus_one
 from .pattern_attention import ProjectedAttention
 
 __all__ = ["CosformerAttention", "PerformerAttention"]
@@ -103,7 +103,4 @@ class CosformerAttention(ProjectedAttention):
         return (q @ (k.transpose(-1, -2) @ v)) / weight.clamp(min=1e-6)
 
     def _features(self, x: Tensor, longest: int) -> Tensor:
-        x = x.relu() if self.activation == "relu" else 1 + torch.nn.functional.elu(x)
-        place = torch.arange(1, x.shape[2] + 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        angle = (math.pi / 2 * place / longest)[:, None]
-        return torch.cat([x * angle.sin().to(x.dtype), x * angle.cos().to(x.dtype)], dim=-1)
+        return cosine_reweight(x.relu() if self.activation == "relu" else elu_plus_one(x), longest)

@@ -3,11 +3,12 @@
 Feature maps and the ratio of sums: Katharopoulos et al. (2020, arXiv 2006.16236). `NormalizedLinearAttention`, and a width of its own for
 queries and keys: Understanding the differences in Foundation Models (Sieber et al. 2024, NeurIPS, arXiv 2405.15731); code read for numbers:
 IntelligentControlSystems/dsf-mqar @ 7c5aff8 (Apache-2.0), `zoology/mixers/attention.py` (`MHA(lin_att=True)`, `MHNA`). What differs: a
-state, decay, other feature maps; the authors divide without an epsilon (`eps=0`).
+state, decay, fewer heads of keys, other feature maps, learned ones among them; the authors divide without an epsilon (`eps=0`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..._checks import bad_type, require, require_int, require_name, require_tensor
-from ...ops.state.feature_maps import FeatureMap, resolve
+from ...ops.state.feature_maps import FeatureMap, at_offset
 from ...ops.state.linear import linear_attention
 from ...ops.state.linear_state import LinearState
 from ..layers import split_joint_qk
+from .learned_maps import build_map_pair, heads_for
 from .rotary import rotary_table, rotate
 
 __all__ = ["LinearAttention", "LinearAttentionState", "NormalizedLinearAttention"]
@@ -41,8 +43,10 @@ class LinearAttention(nn.Module):
 
     Args:
         dim, num_heads. key_dim: channels of all queries (and of all keys) together, default dim. head_dim: of the values, default
-            dim / num_heads.
-        feature_map: as in `regard.ops.linear_attention`; phi of the projected queries and keys.
+            dim / num_heads. num_kv_heads: of keys and values, a divisor of num_heads (query head h reads kv head
+            h // (num_heads // num_kv_heads)); default num_heads.
+        feature_map: as in `regard.ops.linear_attention`, or a name in `LEARNED_MAPS` ("hedgehog", "t2r", ...); phi of the projected
+            queries and keys. map_options: of a learned one (`feature_dim`, `tie`, `init`, ...; see `build_map_pair`).
         normalize: divide by the sum of the weights + eps. Wants a map that is not negative.
         decay: "none", or "token": each head forgets at a rate that it computes from the token, exp(-softplus(w x + b)) in (0, 1); at first
             one half is forgotten over 2 to 100 tokens, by head. Causal only.
@@ -58,7 +62,9 @@ class LinearAttention(nn.Module):
         *,
         key_dim: int | None = None,
         head_dim: int | None = None,
+        num_kv_heads: int | None = None,
         feature_map: str | FeatureMap | tuple[str | FeatureMap, str | FeatureMap] | None = "elu+1",
+        map_options: Mapping[str, Any] | None = None,
         normalize: bool = True,
         decay: str = "none",
         out_norm: bool = False,
@@ -86,16 +92,15 @@ class LinearAttention(nn.Module):
             key_dim,
             "an even number a head for rotary positions",
         )
-        resolve(feature_map)
-        self.feature_map, self.normalize, self.rope_base, self.scale, self.eps = (
-            feature_map,
-            normalize,
-            rope_base,
-            scale,
-            eps,
-        )
-        self.q_proj, self.k_proj = (nn.Linear(dim, key_dim, bias=bias) for _ in range(2))
-        self.v_proj = nn.Linear(dim, value_dim, bias=bias)
+        kv_heads = num_heads if num_kv_heads is None else require_int("num_kv_heads", num_kv_heads, 1)
+        require(num_heads % kv_heads == 0, "num_kv_heads", num_kv_heads, f"a divisor of num_heads ({num_heads})")
+        self.num_kv_heads = kv_heads
+        self.maps = build_map_pair(feature_map, num_heads, key_dim // num_heads, **(map_options or {}))
+        self.normalize, self.rope_base, self.scale, self.eps = normalize, rope_base, scale, eps
+        self._map_name = feature_map if isinstance(feature_map, str) else type(self.maps.k).__name__
+        self.q_proj = nn.Linear(dim, key_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, key_dim // num_heads * kv_heads, bias=bias)
+        self.v_proj = nn.Linear(dim, value_dim // num_heads * kv_heads, bias=bias)
         self.out_proj = nn.Linear(value_dim, dim, bias=bias if out_bias is None else out_bias)
         self.decay_proj = nn.Linear(dim, num_heads) if decay == "token" else None
         if self.decay_proj is not None:
@@ -105,11 +110,23 @@ class LinearAttention(nn.Module):
                 self.decay_proj.bias.copy_(rates.expm1().log())
         self.norm = nn.RMSNorm(value_dim // num_heads) if out_norm else None
 
+    @property
+    def feature_map(self) -> tuple[FeatureMap, FeatureMap]:
+        """The maps of queries and of keys."""
+        return self.maps.q, self.maps.k
+
     def forward(
-        self, x: Tensor, *, state: LinearAttentionState | None = None, return_state: bool = False, form: str = "auto"
+        self,
+        x: Tensor,
+        *,
+        state: LinearAttentionState | None = None,
+        return_state: bool = False,
+        padding_mask: Tensor | None = None,
+        form: str = "auto",
     ) -> Any:
         """x (B, N, dim) -> (B, N, dim), or (that, LinearAttentionState) with `return_state`; `state`: what an earlier call returned.
 
+        padding_mask: (B, N), nonzero for tokens, zero for padding anywhere in the row, which nobody reads then (a fixed decay goes on over it).
         form: "auto", "parallel", "chunk" or "recurrent", as `regard.ops.linear_attention`.
         """
         require_tensor("x", x, dims=3, floating=True)
@@ -117,18 +134,25 @@ class LinearAttention(nn.Module):
         if state is not None and not isinstance(state, LinearAttentionState):
             raise bad_type("state", state, "a LinearAttentionState")
         require(self.causal or (state is None and not return_state), "state", "wanted", "a causal layer")
-        q, k, v = (
-            rearrange(to(x), "b n (h d) -> b h n d", h=self.num_heads) for to in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.num_heads)
+        k, v = (rearrange(to(x), "b n (h d) -> b h n d", h=self.num_kv_heads) for to in (self.k_proj, self.v_proj))
         past = 0 if state is None else state.position
         if self.rope_base is not None:
             table = rotary_table(torch.arange(past, past + x.shape[1], device=x.device), q.shape[-1], self.rope_base)
             q, k = rotate(q, table), rotate(k, table)
+        map_q, map_k = (at_offset(one, past) for one in self.feature_map)
+        k, v = heads_for(map_k, k, v)
+        if padding_mask is not None:
+            require_tensor("padding_mask", padding_mask)
+            need = f"{tuple(x.shape[:2])}"
+            require(padding_mask.shape == x.shape[:2], "padding_mask", f"shape {tuple(padding_mask.shape)}", need)
+            gone = ~padding_mask.bool()[:, None, :, None]
+            v, map_k = v.masked_fill(gone, 0), _without(map_k, gone)
         log_decay = None
         if self.decay_proj is not None:
             log_decay = -F.softplus(self.decay_proj(x).to(torch.promote_types(x.dtype, torch.float32))).transpose(1, 2)
         out = linear_attention(
-            q, k, v, log_decay=log_decay, feature_map=self.feature_map, normalize=self.normalize, causal=self.causal, scale=self.scale,
+            q, k, v, log_decay=log_decay, feature_map=(map_q, map_k), normalize=self.normalize, causal=self.causal, scale=self.scale,
             state=None if state is None else state.memory, return_state=return_state, form=form, eps=self.eps,
         )  # fmt: skip
         mixed, memory = out if isinstance(out, tuple) else (out, None)
@@ -145,7 +169,12 @@ class LinearAttention(nn.Module):
         return split_joint_qk(state, "Wqk", {"Wv": "v_proj", "Wn": "normaliser"})
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, causal={self.causal}, feature_map={self.feature_map!r}, normalize={self.normalize}"
+        return f"num_heads={self.num_heads}, causal={self.causal}, feature_map={self._map_name!r}, normalize={self.normalize}"
+
+
+def _without(feature_map: FeatureMap, gone: Tensor) -> FeatureMap:
+    """The same map with features of zero where `gone`: a map need not keep zero, so padding is wiped behind it."""
+    return lambda x: feature_map(x).masked_fill(gone, 0)
 
 
 class NormalizedLinearAttention(LinearAttention):

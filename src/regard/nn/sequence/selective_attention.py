@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._checks import require, require_name, require_tensor
+from ..layers import split_grouped_qkv
 from .softmax_attention import SoftmaxAttention
 
 __all__ = ["SelectiveAttention", "position_temperature", "spikiness"]
@@ -140,9 +141,7 @@ class SelectiveAttention(SoftmaxAttention):
             if head == "c_attn":
                 parts = tensor.chunk(3)
             elif head == "attn":
-                group = self.num_heads // self.num_kv_heads
-                rows = tensor.unflatten(0, (self.num_kv_heads, group + 2, self.head_dim))
-                parts = tuple(part.flatten(0, 2) for part in rows.split((group, 1, 1), dim=1))
+                parts = split_grouped_qkv(tensor, self.num_heads, self.num_kv_heads, self.head_dim)
             else:
                 ours[f"o_proj.{kind}" if head in ("c_proj", "proj") else name] = tensor
                 continue

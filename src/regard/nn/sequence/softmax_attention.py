@@ -112,22 +112,21 @@ class SoftmaxAttention(nn.Module):
         if self.rope_base is not None:
             table = rotary_table(torch.arange(past, past + x.shape[1], device=x.device), self.rope_dims, self.rope_base)
             q, k = rotate(q, table), rotate(k, table)
+        q, k = self._map(q, k)
         if state is not None:
-            need = f"({x.shape[0]}, {self.num_kv_heads}, n, {self.head_dim})"
-            fits = (*state.k.shape[:2], state.k.shape[3]) == (x.shape[0], self.num_kv_heads, self.head_dim)
+            need = f"({x.shape[0]}, {self.num_kv_heads}, n, {k.shape[3]})"
+            fits = (*state.k.shape[:2], state.k.shape[3]) == (x.shape[0], self.num_kv_heads, k.shape[3])
             require(fits, "state", f"k of shape {tuple(state.k.shape)}", need)
             k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)
         exists = self._exists(x, padding_mask, state)
-        mask: masks.Mask | None = masks.causal if self.causal else None
-        if self.window is not None:
-            mask = masks.sliding_window(self.window) & masks.causal
+        mask = self._mask()
         if mask is not None and x.shape[1] == 1 and (self.window is None or k.shape[2] <= self.window):
             mask = None  # the last token may see all that is held
         if exists is not None:
             seen = exists
             there = masks.as_mask(lambda b, h, q_idx, kv_idx: seen[b, kv_idx] | (q_idx == kv_idx))
             mask = there if mask is None else mask & there
-        out = attention(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
+        out = self._attend(q, k, v, mask, self.dropout if self.training else 0.0)
         y = self._combine(out, x)
         if not return_state:
             return y
@@ -138,8 +137,10 @@ class SoftmaxAttention(nn.Module):
         return y, SoftmaxState(k, v, past + x.shape[1], exists)
 
     @torch.no_grad()
-    def attention_weights(self, x: Tensor) -> Tensor:
-        """Who looks at whom, (B, H, N, N), rows summing to 1: for probes, at the memory of a matrix a head."""
+    def attention_weights(self, x: Tensor, **options: Any) -> Tensor:
+        """Who looks at whom, (B, H, N, N), rows summing to 1: for probes, at the memory of a matrix a head.
+
+        options: of a layer built on this one (`SimilarityAttention`)."""
         require_tensor("x", x, dims=3, floating=True)
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -147,14 +148,11 @@ class SoftmaxAttention(nn.Module):
         if self.rope_base is not None:
             table = rotary_table(torch.arange(x.shape[1], device=x.device), self.rope_dims, self.rope_base)
             q, k = rotate(q, table), rotate(k, table)
-        scores = q @ k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1).mT * self.head_dim**-0.5
-        place = torch.arange(x.shape[1], device=x.device)
-        age = place[:, None] - place
-        if self.causal:
-            scores = scores.masked_fill(age < 0, -torch.inf)
-        if self.window is not None:
-            scores = scores.masked_fill(age >= self.window, -torch.inf)
-        return scores.softmax(-1)
+        q, k = self._map(q, k)
+        mask = self._mask()
+        length = x.shape[1]
+        seen = None if mask is None else mask.materialize(length, length, device=x.device)
+        return self._weights(q, k, seen, **options)
 
     @staticmethod
     def _exists(x: Tensor, padding_mask: Tensor | None, state: SoftmaxState | None) -> Tensor | None:
@@ -172,7 +170,8 @@ class SoftmaxAttention(nn.Module):
         before = here.new_ones(len(here), state.k.shape[2]) if before is None else before
         return torch.cat((before, here), dim=1)
 
-    # What layers built on this one change: the projections, queries and values before they meet, heads into the output.
+    # What layers built on this one change: the projections, queries and values before they meet, who sees whom, what is made of the
+    # scores, heads into the output.
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, N, D), k and v (B, Hkv, N, D), before norms and rotation."""
@@ -184,6 +183,25 @@ class SoftmaxAttention(nn.Module):
     def _temper(self, q: Tensor, v: Tensor, x: Tensor, past: int) -> tuple[Tensor, Tensor]:
         """q and v as they are attended with; x is what they were made of, its first token the one at position `past`."""
         return q, v
+
+    def _map(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, H, N, D) and k (B, Hkv, N, D) as they meet, after the rotation; the state keeps this k."""
+        return q, k
+
+    def _mask(self) -> masks.Mask | None:
+        """Who sees whom, padding aside; None: everybody everything."""
+        if self.window is not None:
+            return masks.sliding_window(self.window) & masks.causal
+        return masks.causal if self.causal else None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask | None, dropout: float) -> Tensor:
+        """q (B, H, N, D), k and v (B, Hkv, M, D), the queries being the last of the M -> the heads' outputs (B, H, N, D)."""
+        return attention(q, k, v, mask=mask, dropout=dropout)
+
+    def _weights(self, q: Tensor, k: Tensor, seen: Tensor | None) -> Tensor:
+        """q (B, H, N, D), k (B, Hkv, N, D), `seen` bool broadcastable to (B, H, N, N) -> the weights (B, H, N, N)."""
+        scores = q @ k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1).mT * self.head_dim**-0.5
+        return (scores if seen is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1)
 
     def _combine(self, out: Tensor, x: Tensor) -> Tensor:
         """out (B, H, N, D) of the heads -> (B, N, dim)."""

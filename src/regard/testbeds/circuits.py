@@ -1,0 +1,449 @@
+"""Small tasks whose answer is one token and whose ground truth is known, as pairs of a clean and a corrupted prompt of the same length.
+
+| task | asks | corrupted prompt | after |
+|---|---|---|---|
+| `indirect_object` | who is given something | three other names (ABC) | Wang et al. 2022, arXiv 2211.00593 |
+| `colored_objects` | the colour of one of three things, after one example | asks for another thing | Merullo et al. 2023, arXiv
+2310.08744 | | `multiple_choice` | the label of the option that says a word | asks for another word | Lieberum et al. 2023, arXiv
+2307.09458 | | `arithmetic` | a sum, difference, ... of two numbers | the same numbers without the relation | Zhang et al. 2024,
+arXiv 2409.01659 |
+
+Words are taken only where the tokenizer has them as one token, so that pairs line up token by token. Texts and word lists are
+ours, but for the sentence form, objects and colours of the coloured objects, which are the task.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import bad_value, require, require_int, require_name
+from ..lens.answer_metrics import AnswerCorrect, LabelLoss, LabelMargin, LogitDifference
+
+__all__ = [
+    "LABELS",
+    "PairBatch",
+    "arithmetic",
+    "colored_objects",
+    "indirect_object",
+    "multiple_choice",
+    "single_tokens",
+]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
+    "Mary John Tom James Dan Martin Amy Paul Mark Anna Peter Kate Simon Laura David Sarah Alice Jack Emma Henry Lucy George "
+    "Sam Robert Jane William Michael Kevin Rachel Andrew Steven Helen Lisa Karen Scott Frank"
+)
+PLACES = _words("store park school garden station library market office beach hospital")
+GIFTS = _words("drink book ring ball letter key flower pen bag computer")
+SCENES = (
+    "When {0} and {1} went to the {place}, {2} gave a {gift} to",
+    "Then, {0} and {1} had a long walk to the {place}, and {2} handed a {gift} to",
+    "After {0} and {1} met at the {place}, {2} decided to give a {gift} to",
+    "While {0} and {1} were working at the {place}, {2} passed a {gift} to",
+)
+OBJECTS = _words(
+    "pencil notebook pen cup plate jug mug puzzle textbook leash necklace bracelet bottle ball envelope lighter bowl"
+)
+COLORS = _words("red orange yellow green blue purple brown black")
+SURFACES, STARTS = ("table", "desk", "floor"), ("there is", "you see", "I see")
+WORDS = _words(
+    "river stone candle mirror forest engine basket window hammer violin pepper ladder castle bridge lamp boat garden clock "
+    "tower fox horse apple bread chair table paper snow rain cloud music dance paint summer winter doctor teacher"
+)
+LABELS = {"letters": "ABCD", "digits": "1234", "random": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+RELATIONS = {
+    "+": (("{a} + {b} =", "{a} , {b} ."), ("{a} plus {b} is", "{a} and {b} is")),
+    "-": (("{a} - {b} =", "{a} , {b} ."), ("{a} minus {b} is", "{a} and {b} is")),
+    "*": (("{a} * {b} =", "{a} , {b} ."), ("{a} times {b} is", "{a} and {b} is")),
+    "/": (("{a} / {b} =", "{a} , {b} ."), ("{a} over {b} is", "{a} and {b} is")),
+}
+Piece = str | tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Prompts, encoded, padded on the left.
+
+    Attributes:
+        clean, corrupted: `input_ids` and `attention_mask`, each (P, T), of pairs that line up. right, wrong: (P,) ids: the answer
+            to the clean prompt, and that to the corrupted one (or the most tempting other). choices: (P, n) ids that an answer
+            may be, the right one among them; or None.
+        spans: name -> bool (P, T), what the tokens of the clean prompts are. texts: clean and corrupted text of each.
+        labels: (P, n) places in the prompt of the labels (multiple choice), else None.
+    """
+
+    clean: dict[str, Tensor]
+    corrupted: dict[str, Tensor]
+    right: Tensor
+    wrong: Tensor
+    choices: Tensor | None
+    spans: dict[str, Tensor]
+    texts: list[tuple[str, str]]
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.right)
+
+    def rows(self, rows: Sequence[int] | Tensor) -> PairBatch:
+        """Some of the pairs, by number or bool mask."""
+        index = torch.as_tensor(rows)
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
+        require(len(index) > 0, "rows", "none", "at least one")
+
+        def cut(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor[index]
+
+        return replace(
+            self,
+            clean={name: value[index] for name, value in self.clean.items()},
+            corrupted={name: value[index] for name, value in self.corrupted.items()},
+            right=self.right[index],
+            wrong=self.wrong[index],
+            choices=cut(self.choices),
+            spans={name: span[index] for name, span in self.spans.items()},
+            texts=[self.texts[int(i)] for i in index],
+            labels=cut(self.labels),
+        )
+
+    # Metrics of the right length, for `regard.lens.total_effects` and its like
+
+    def logit_difference(self) -> LogitDifference:
+        return LogitDifference(self.right, self.wrong)
+
+    def correct(self, among_choices: bool = False) -> AnswerCorrect:
+        return AnswerCorrect(self.right, self._choices() if among_choices else None)
+
+    def label_margin(self) -> LabelMargin:
+        return LabelMargin(self.right, self._choices())
+
+    def label_loss(self) -> LabelLoss:
+        return LabelLoss(self.right, self._choices())
+
+    def _choices(self) -> Tensor:
+        if self.choices is None:
+            raise bad_value("choices", None, "a task with a list of possible answers")
+        return self.choices
+
+    @torch.no_grad()
+    def logits(self, model: Any, batch_size: int = 16) -> Tensor:
+        """The model's logits (P, V) after the clean prompts."""
+        found = []
+        for begin in range(0, len(self), batch_size):
+            ids, mask = (
+                self.clean[name][begin : begin + batch_size].to(model.device)
+                for name in ("input_ids", "attention_mask")
+            )
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+            out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=1)
+            found.append(out.logits[:, -1].float().cpu())
+        return torch.cat(found)
+
+    def accuracy(self, model: Any, among_choices: bool = False) -> float:
+        """Share of the clean prompts after which the right answer is the likeliest token (or the likeliest choice)."""
+        return float(self.correct(among_choices)(self.logits(model), torch.arange(len(self))).mean())
+
+    def solved(self, model: Any, among_choices: bool = False) -> PairBatch:
+        """The pairs whose clean prompt the model answers right. Raises a `ValueError` where there is none."""
+        right = self.correct(among_choices)(self.logits(model), torch.arange(len(self))) > 0
+        require(bool(right.any()), "model", "none of the prompts answered right", "at least one")
+        return self.rows(right)
+
+
+def single_tokens(tokenizer: Any, words: Iterable[str], prefix: str = " ") -> dict[str, int]:
+    """word -> its id, of those words that are one token with `prefix` before them."""
+    found = {}
+    for word in words:
+        ids = tokenizer(prefix + word, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1:
+            found[word] = int(ids[0])
+    return found
+
+
+def indirect_object(tokenizer: Any, count: int = 32, seed: int = 0) -> PairBatch:
+    """ "When Mary and John went to the store, John gave a drink to" -> " Mary". Corrupted: three other names, so that nobody is
+    the answer.
+
+    Either order of the two names; spans "io", "s1", "s2". wrong: the subject.
+    """
+    rng, names = random.Random(f"ioi {seed}"), single_tokens(tokenizer, NAMES)
+    _enough("names", names, 6)
+
+    def make() -> _Pair:
+        io, subject, *others = rng.sample(sorted(names), 5)
+        first, second = (io, subject) if rng.random() < 0.5 else (subject, io)
+        scene = rng.choice(SCENES).format("{0}", "{1}", "{2}", place=rng.choice(PLACES), gift=rng.choice(GIFTS))
+        roles = {io: "io", subject: "s1"}
+        clean = _fill(scene, [(first, roles[first]), (second, roles[second]), (subject, "s2")])
+        return _Pair(clean, _fill(scene, [(name, "") for name in others]), names[io], names[subject])
+
+    return _batch(tokenizer, make, count)
+
+
+def colored_objects(tokenizer: Any, count: int = 32, seed: int = 0) -> PairBatch:
+    """Three coloured things twice; one example with its answer, then the question. Corrupted: the same, asking for another of the three.
+
+    Answers are capitalised, as in the paper. choices: the three colours of the question. Spans "right", "distractors" (colour
+    words in the second list), "asked" (the thing asked for) and "example" (the first block). wrong: the answer to the corrupted
+    prompt.
+    """
+    rng = random.Random(f"colours {seed}")
+    things = single_tokens(tokenizer, OBJECTS)
+    answers = {
+        c: i
+        for c, i in single_tokens(tokenizer, [c.title() for c in COLORS]).items()
+        if single_tokens(tokenizer, [c.lower()])
+    }
+    _enough("objects", things, 4)
+    _enough("colours", answers, 4)
+
+    def block(asked: int | None = None) -> tuple[list[str], list[str], Callable[[int, bool], list[Piece]]]:
+        objects, colors = rng.sample(sorted(things), 3), rng.sample(sorted(answers), 3)
+        place, start = rng.choice(SURFACES), rng.choice(STARTS)
+
+        def text(wanted: int, marked: bool) -> list[Piece]:
+            pieces: list[Piece] = [f"Q: On the {place}, {start}"]
+            for i, (thing, color) in enumerate(zip(objects, colors)):
+                article = "an" if color[0] in "AO" else "a"
+                name = ("right" if i == wanted else "distractors") if marked else ""
+                pieces += [
+                    f"{', and' if i == 2 else ',' if i else ''} {article}",
+                    (f" {color.lower()}", name),
+                    f" {thing}",
+                ]
+            return [*pieces, ". What color is the", (f" {objects[wanted]}", "asked" if marked else ""), "?\nA:"]
+
+        return objects, colors, text
+
+    def make() -> _Pair:
+        _, colors, example = block()
+        told = rng.randrange(3)
+        shown = (
+            "".join(piece if isinstance(piece, str) else piece[0] for piece in example(told, False))
+            + f" {colors[told]}\n"
+        )
+        _, colors, text = block()
+        asked, other = rng.sample(range(3), 2)
+        head: list[Piece] = [(shown, "example")]
+        choices = [answers[color] for color in colors]
+        return _Pair(head + text(asked, True), head + text(other, True), choices[asked], choices[other], choices)
+
+    return _batch(tokenizer, make, count)
+
+
+def multiple_choice(
+    tokenizer: Any, count: int = 32, seed: int = 0, labels: str = "letters", shuffle: bool = False, shots: int = 2
+) -> PairBatch:
+    """Four options, one of which says the word asked for; the answer is its label. Corrupted: the same prompt, asking for another
+    option's word.
+
+    Args:
+        labels: "letters" (A B C D), "digits" (1 2 3 4), or "random" (four letters, drawn anew for each prompt).
+        shuffle: labels in random order. shots: solved examples before the question.
+
+    choices: the four labels in the order in which they stand. `labels` of the batch says where they stand; span "content": the
+        right option's word.
+    """
+    require_name("labels", labels, LABELS)
+    require_int("shots", shots)
+    rng = random.Random(f"choice {seed} {labels} {shuffle}")
+    signs, end = _signs(tokenizer, LABELS[labels])
+    words = single_tokens(tokenizer, WORDS)
+    _enough("labels", signs, 4)
+    _enough("words", words, 8)
+
+    def question(marks: Sequence[str], options: Sequence[str], asked: int, marked: bool) -> list[Piece]:
+        pieces: list[Piece] = ["Options:"]
+        for i, (mark, word) in enumerate(zip(marks, options)):
+            pieces += [
+                (f" {mark}", f"label {i}" if marked else ""),
+                ":",
+                (f" {word}", "content" if marked and i == asked else ""),
+                ",",
+            ]
+        return [*pieces[:-1], f". The label of {options[asked]} is"]
+
+    def draw() -> tuple[list[str], list[str]]:
+        marks = rng.sample(sorted(signs), 4)
+        return marks if shuffle else sorted(marks), rng.sample(sorted(words), 4)
+
+    def make() -> _Pair:
+        shown = ""
+        for _ in range(shots):
+            marks, options = draw()
+            asked = rng.randrange(4)
+            pieces = question(marks, options, asked, False)
+            shown += "".join(piece if isinstance(piece, str) else piece[0] for piece in pieces) + f" {marks[asked]}\n"
+        marks, options = draw()
+        asked, other = rng.sample(range(4), 2)
+        ids = [signs[mark] for mark in marks]
+        head: list[Piece] = [(shown, "example")] if shots else []
+        clean, corrupted = (head + question(marks, options, i, True) + end for i in (asked, other))
+        return _Pair(clean, corrupted, ids[asked], ids[other], ids)
+
+    return _batch(tokenizer, make, count, labels=4)
+
+
+def arithmetic(
+    tokenizer: Any,
+    count: int = 32,
+    seed: int = 0,
+    operations: str = "+",
+    largest: int = 9,
+    shots: int = 2,
+    form: int | None = None,
+) -> PairBatch:
+    """ "3 + 4 =" -> " 7". Corrupted: the same numbers with the relation taken out, as long in tokens.
+
+    Args:
+        operations: any of + - * /. largest: largest operand. shots: solved examples of the same operation before the question (in
+            both prompts).
+        form: 0: signs; 1: words; None: either.
+
+    Only problems whose answer is one token count (of a tokenizer that splits digits: answers up to 9). Spans "a", "b" (operands),
+    "operation". wrong: a number next to the right one.
+    """
+    require(
+        bool(operations) and set(operations) <= set(RELATIONS),
+        "operations",
+        operations,
+        f"some of {''.join(RELATIONS)}",
+    )
+    require_int("shots", shots)
+    rng = random.Random(f"arithmetic {seed}")
+    numbers, end = _signs(tokenizer, [str(number) for number in range(largest**2 + 1)])
+    problems = {op: _problems(op, largest, numbers) for op in operations}
+    for op, found in problems.items():
+        _enough(f"problems with {op}", found, shots + 1)
+
+    def pieces(template: str, op: str, a: int, b: int, marked: bool) -> list[Piece]:
+        before, _, rest = template.partition("{a}")
+        middle, _, after = rest.partition("{b}")
+        names = ("a", "operation", "b") if marked else ("", "", "")
+        return [before, (str(a), names[0]), (middle.rstrip(), names[1]), " ", (str(b), names[2]), after]
+
+    def make() -> _Pair:
+        op = rng.choice(operations)
+        related, bare = RELATIONS[op][rng.randrange(2) if form is None else form]
+        drawn = rng.sample(problems[op], shots + 1)
+        shown = "".join(related.format(a=a, b=b) + f" {c}\n" for a, b, c in drawn[:-1])
+        a, b, c = drawn[-1]
+        head: list[Piece] = [(shown, "example")] if shots else []
+        other = c + 1 if str(c + 1) in numbers else c - 1
+        clean = head + pieces(related, op, a, b, True) + end
+        return _Pair(clean, head + pieces(bare, op, a, b, False) + end, numbers[str(c)], numbers[str(other)])
+
+    return _batch(tokenizer, make, count)
+
+
+def _problems(op: str, largest: int, numbers: dict[str, int]) -> list[tuple[int, int, int]]:
+    found = []
+    for a in range(1, largest + 1):
+        for b in range(1, largest + 1):
+            if op == "/" and a % b:
+                continue
+            c = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+            if c >= 0 and str(c) in numbers and (str(c + 1) in numbers or str(c - 1) in numbers):
+                found.append((a, b, c))
+    return found
+
+
+# How pairs become tensors
+
+
+def _signs(tokenizer: Any, words: Iterable[str]) -> tuple[dict[str, int], list[Piece]]:
+    """Which words are single tokens, and how a prompt must end: some tokenizers keep the space apart from digits."""
+    words = list(words)
+    joined, apart = single_tokens(tokenizer, words), single_tokens(tokenizer, words, "")
+    return (joined, []) if len(joined) >= min(4, len(words)) else (apart, [" "])
+
+
+@dataclass(frozen=True)
+class _Pair:
+    clean: list[Piece]
+    corrupted: list[Piece]
+    right: int
+    wrong: int
+    choices: list[int] | None = None
+
+
+def _fill(scene: str, words: Sequence[tuple[str, str]]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for number, (word, name) in enumerate(words):
+        before, _, scene = scene.partition(f"{{{number}}}")
+        pieces += [before, (word, name)]
+    return [*pieces, scene]
+
+
+def _enough(what: str, found: Any, need: int) -> None:
+    require(len(found) >= need, "tokenizer", f"{len(found)} {what} that are single tokens", f"at least {need}")
+
+
+def _encoded(tokenizer: Any, pieces: Sequence[Piece]) -> tuple[str, list[int], dict[str, list[int]]]:
+    """Text, ids, and which tokens hold characters of which span (a token that joins a space to a word counts)."""
+    text, spans = "", []
+    for piece in pieces:
+        word, name = (piece, "") if isinstance(piece, str) else piece
+        if name:
+            lead = len(word) - len(word.lstrip())
+            spans.append((name, len(text) + lead, len(text) + len(word)))
+        text += word
+    out = tokenizer(text, return_offsets_mapping=True)
+    places: dict[str, list[int]] = {}
+    for name, begin, end in spans:
+        inside = [i for i, (first, last) in enumerate(out["offset_mapping"]) if first < end and last > begin]
+        places[name] = places.get(name, []) + inside
+    return text, out["input_ids"], places
+
+
+def _batch(tokenizer: Any, make: Callable[[], _Pair], count: int, labels: int = 0) -> PairBatch:
+    require_int("count", count, 1)
+    require(
+        getattr(tokenizer, "is_fast", False),
+        "tokenizer",
+        type(tokenizer).__name__,
+        "a fast tokenizer (one that gives character offsets)",
+    )
+    kept: list[tuple[_Pair, Any, Any]] = []
+    for _ in range(20 * count):
+        pair = make()
+        clean, corrupted = _encoded(tokenizer, pair.clean), _encoded(tokenizer, pair.corrupted)
+        if len(clean[1]) == len(corrupted[1]):
+            kept.append((pair, clean, corrupted))
+        if len(kept) == count:
+            break
+    require(len(kept) == count, "tokenizer", f"{len(kept)} pairs that line up token by token", f"{count}")
+    longest = max(len(clean[1]) for _, clean, _ in kept)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids = torch.full((2, count, longest), pad, dtype=torch.int64)
+    mask = torch.zeros(count, longest, dtype=torch.int64)
+    names = sorted({name for _, clean, _ in kept for name in clean[2]})
+    spans = {name: torch.zeros(count, longest, dtype=torch.bool) for name in names}
+    for row, (_, clean, corrupted) in enumerate(kept):
+        shift = longest - len(clean[1])
+        ids[0, row, shift:], ids[1, row, shift:] = torch.tensor(clean[1]), torch.tensor(corrupted[1])
+        mask[row, shift:] = 1
+        for name, places in clean[2].items():
+            spans[name][row, [shift + place for place in places]] = True
+    pairs = [pair for pair, _, _ in kept]
+    where = torch.stack([spans[f"label {i}"].int().argmax(1) for i in range(labels)], 1) if labels else None
+    return PairBatch(
+        {"input_ids": ids[0], "attention_mask": mask},
+        {"input_ids": ids[1], "attention_mask": mask.clone()},
+        torch.tensor([pair.right for pair in pairs]),
+        torch.tensor([pair.wrong for pair in pairs]),
+        torch.tensor([pair.choices for pair in pairs]) if pairs[0].choices else None,
+        spans,
+        [(clean[0], corrupted[0]) for _, clean, corrupted in kept],
+        where,
+    )
