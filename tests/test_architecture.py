@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "methods": _METHODS,
     "integrations": _JOINED,
     "lens": _SEEN,
-    "losses": _SEEN,
+    "losses": _SEEN | {"lens"},  # tuners find heads first
     "testbeds": _ALL_BELOW,
     "bench": _ALL_BELOW | {"testbeds", "papers"},
     "scale": _ALL_BELOW | {"testbeds", "bench", "papers"},

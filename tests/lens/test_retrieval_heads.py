@@ -186,3 +186,13 @@ def test_rouge_recall():
     ) == pytest.approx(4 / 8)
     assert rouge1_recall("the the the cat", "the cat") == pytest.approx(0.5)
     assert rouge1_recall("", "anything") == 0.0 == rouge1_recall("word", "")
+
+
+def test_a_published_file_of_unequal_runs_loads(tmp_path):
+    """The authors' layout: one line, "layer-head" in any order, a score for every run that counted."""
+    path = tmp_path / "some-model.json"
+    path.write_text('{"1-0": [0.5, 0.0, 1.25], "0-1": [0.1], "0-0": [0, 0, 0], "1-1": [0.3, 0.2, 0.1]}')
+    scores = HeadScores.load(path)
+    assert scores.top(2) == [(1, 0), (1, 1)] and scores.num_runs == 3 and scores.name == "some-model"
+    assert scores[0, 1] == 0.1 and scores[1, 0] == pytest.approx(0.58333333)
+    assert scores.active()[1].tolist() == pytest.approx([2 / 3, 1.0])

@@ -132,7 +132,10 @@ def test_adapters_help_and_their_file_is_enough(tmp_path, train_maps):
     fresh, loaded = load_converted(_sharp(), out)
     with regard.attach(fresh, loaded), torch.no_grad():
         torch.testing.assert_close(fresh(DATA[1]).logits, want)
-        assert fresh.generate(input_ids=DATA[1][:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 7)
+        assert fresh.generate(input_ids=DATA[1][:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (
+            2,
+            7,
+        )
 
 
 def test_plain_adapters_and_bad_input(tmp_path):

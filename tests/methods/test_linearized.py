@@ -137,7 +137,9 @@ def test_a_bidirectional_model():
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    model = BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)).eval()
+    model = BertModel(
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
+    ).eval()
     maps = _maps(model)
     ids = torch.randint(1, 50, (2, 7))
     mask = torch.ones_like(ids)
@@ -164,7 +166,14 @@ def _hybrid():
     return model
 
 
-@pytest.mark.parametrize(("make", "names"), [(_mamba, "no softmax attention"), (_hybrid, r"layers \[1\].*linear_attention"), (lambda: nn.Linear(2, 2), "no softmax")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (_mamba, "no softmax attention"),
+        (_hybrid, r"layers \[1\].*linear_attention"),
+        (lambda: nn.Linear(2, 2), "no softmax"),
+    ],
+)
 def test_models_that_are_no_softmax_attention(make, names):
     model = make()
     with pytest.raises(regard.UnsupportedModelError, match=names):

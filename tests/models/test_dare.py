@@ -119,7 +119,7 @@ def test_gradients_are_finite_and_reach_all_that_is_used(tables):
     model(ROWS.batch()).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-    assert float(model.penalty()) == pytest.approx(
+    assert model.penalty().item() == pytest.approx(
         sum(float(p.square().sum()) for n, p in model.named_parameters() if "bias" not in n and "tables" not in n),
         rel=1e-5,
     )

@@ -183,8 +183,8 @@ def test_selected_rows_attention_computes_the_marked_rows():
     assert nothing.shape == (2, 3, 5, 6) and not nothing.any()
     with pytest.raises(ValueError, match="selected"):
         selected_rows_attention(q, k, v, selected[:1])
-    with pytest.raises(ValueError, match="^k: "):
-        selected_rows_attention(q, k[:, :1], v[:, :1], selected)
+    with pytest.raises(ValueError, match="^k, v: "):
+        selected_rows_attention(q, k[:, :2], v[:, :2], selected)
 
 
 # routing a pretrained model by the length of its queries

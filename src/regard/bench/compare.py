@@ -21,7 +21,7 @@ from ..methods.call import Method
 from .prompts import ASKED, English, Words, prompts_for
 from .tasks import Reading, divergence, loss_by_position, read
 
-TASKS = ("ppl", "needle", "agreement", "positions", *ASKED)
+TASKS = ("ppl", "needle", "agreement", "positions", "chat", *ASKED)
 DEFAULT_TASKS = ("ppl", "needle", "agreement")
 DEPTHS = (0.1, 0.5, 0.9)
 PARTS = 4  # the `positions` task tells the perplexity of each quarter of the prompt
@@ -30,6 +30,7 @@ COLUMNS: dict[str, tuple[str, str, bool]] = {
     "prompt_ppl": ("perplexity of the prompt (its second half)", "ppl", False),
     "decode_ppl": ("perplexity of the decoded continuation", "ppl", False),
     "needle": ("log-probability of the hidden needle, mean over depths", "nats", True),
+    "chat": ("needle in a user's message under the chat template: log-probability, mean over depths", "nats", True),
     "recall": ("several keys asked for after the prompt: log-probability of an answer", "nats", True),
     "tracking": (
         "value at the end of a chain of assignments, asked for after the prompt: log-probability",
@@ -248,7 +249,7 @@ def _resumed(fresh: Comparison, path: Path) -> Comparison:
 def _jobs(methods: list[tuple[str, Method]], settings: Settings) -> Iterator[tuple[str, Method, str, int]]:
     """Round-robin over the methods within each repeat, so that a machine that drifts drifts for all of them."""
     for repeat in range(settings.repeats):
-        for task in ("text", *(task for task in settings.tasks if task in ("needle", "positions", *ASKED))):
+        for task in ("text", *(task for task in settings.tasks if task in ("needle", "positions", "chat", *ASKED))):
             for label, method in methods:
                 yield label, method, task, repeat
 
@@ -257,7 +258,16 @@ def _measure(
     model: Any, prompts: English | Words, method: Method, settings: Settings, task: str, repeat: int
 ) -> tuple[dict[str, float], Reading | None]:
     unit: dict[str, float]
-    with attach(model, method):
+    whole = {"user": torch.ones(1, settings.context, dtype=torch.bool)}  # what is not chat is all the user's words
+    with attach(model, method, spans=whole) as session:
+        if task == "chat":
+            unit = {}
+            for depth in settings.depths:
+                talk = prompts.chat(settings.context, depth, repeat)
+                session.spans = dict(talk.spans)
+                unit[f"chat@{depth:g}"] = read(model, talk.prompt, talk.answer).answer_log_prob
+            unit["chat"] = statistics.fmean(unit.values())
+            return unit, None
         if task == "needle":
             unit = {}
             for depth in settings.depths:

@@ -16,7 +16,7 @@ _METHODS = "Methods, separated by commas, options in brackets: hip,duo-attention
 _BUDGET = (
     "Budget for methods that have one: a fraction of the context (0.25) or tokens (256); several: 0.25,0.125,0.05."
 )
-_TASKS = "Any of ppl, needle, agreement, positions, recall, tracking, aggregation; or all."
+_TASKS = "Any of ppl, needle, agreement, positions, chat, recall, tracking, aggregation; or all."
 
 
 def register(app: typer.Typer) -> None:

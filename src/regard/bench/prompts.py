@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from .._checks import bad_value, require
+from ..integrations.spans import SpannedPrompt, chat_spans
 from ..testbeds import recall
-from .text import needle_prompt, token_windows
+from .text import NEEDLES, needle_prompt, token_windows
 
 ASKED = ("recall", "tracking", "aggregation")
 """Tasks whose questions follow the prompt."""
@@ -31,10 +32,19 @@ class Asked:
     answers: list[bool]
 
 
+@dataclass(frozen=True)
+class Chatted:
+    """A conversation under the chat template, the answer to be decoded after it, and whose tokens the prompt's are."""
+
+    prompt: list[int]
+    answer: list[int]
+    spans: dict[str, torch.Tensor]
+
+
 class English:
     """Prompts in English, for models of language."""
 
-    tasks = ("ppl", "needle", "agreement", "positions", *ASKED)
+    tasks = ("ppl", "needle", "agreement", "positions", "chat", *ASKED)
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -44,6 +54,28 @@ class English:
 
     def needle(self, context: int, depth: float, number: int) -> tuple[list[int], list[int]]:
         return needle_prompt(self.tokenizer, context, depth, number)
+
+    def chat(self, context: int, depth: float, number: int) -> Chatted:
+        """Prose with a needle in it and a question, as a user's message, of at most `context` tokens; the answer is begun already.
+
+        Spans: "user", "question", "template" and what else `chat_spans` finds. `ValueError` without a chat template.
+        """
+        require(0.0 <= depth <= 1.0, "depth", depth, "a number in [0, 1]")
+        sentence, answer, about = NEEDLES[number % len(NEEDLES)]
+        question = f"What does the text say about the {about}?"
+
+        def made(room: int) -> SpannedPrompt:
+            hay, at = token_windows(self.tokenizer, room, len(NEEDLES))[number % len(NEEDLES)], round(depth * room)
+            before, after = (self.tokenizer.decode(part).strip() for part in (hay[:at], hay[at:]))
+            text = f"{before}\n{sentence}{answer}.\n{after}\n\n{question}"
+            return chat_spans(self.tokenizer, [{"role": "user", "content": text}], {"question": question})
+
+        lead = self._encode(sentence)
+        taken = made(16).input_ids.shape[1] - 16 + len(lead)
+        require(context >= taken + 32, "context", context, f"at least {taken + 32} tokens for this task")
+        prompt = made(context - taken - 8)  # decoded and encoded again, prose may take a few tokens more
+        spans = {name: torch.nn.functional.pad(span, (0, len(lead))) for name, span in prompt.spans.items()}
+        return Chatted(prompt.input_ids[0].tolist() + lead, self._encode(answer), spans)
 
     def asked(self, task: str, context: int, number: int) -> Asked:
         """The prompt and questions of one of the tasks in `ASKED`; `number` makes it another one."""
@@ -155,6 +187,9 @@ class Words:
         rest = sample[1:at] + sample[at + 2 : -3]
         cut = round(depth * len(rest))
         return [sample[0], *rest[:cut], key, value, *rest[cut:], recall.ASK, key], [value]
+
+    def chat(self, context: int, depth: float, number: int) -> Chatted:
+        raise bad_value("task", "chat", f"one of {', '.join(self.tasks)} for this model")
 
     def asked(self, task: str, context: int, number: int) -> Asked:
         if task != "recall":

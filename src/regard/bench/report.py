@@ -15,6 +15,7 @@ _HEADINGS = {
     "prompt_ppl": "ppl\nprompt",
     "decode_ppl": "ppl\ndecode",
     "needle": "needle\nlog-prob",
+    "chat": "chat\nlog-prob",
     "recall": "recall\nlog-prob",
     "tracking": "tracking\nlog-prob",
     "aggregation": "aggreg.\nlog-prob",
@@ -24,7 +25,7 @@ _HEADINGS = {
     "decode_tokens_per_second": "decode\ntok/s",
     "kv_bytes": "KV\nMB",
 }
-_LOG_PROBS = ("needle", "recall", "tracking", "aggregation")
+_LOG_PROBS = ("needle", "chat", "recall", "tracking", "aggregation")
 _WITHOUT_RATIO = (
     *_LOG_PROBS,
     "hits",
@@ -124,6 +125,7 @@ _QUALITY = (
     ("kl", "KL divergence from dense (nats)"),
     ("decode_ppl", "perplexity of the continuation"),
     ("needle", "needle: −log-probability (nats)"),
+    ("chat", "chat: −log-probability (nats)"),
     ("recall", "recall: −log-probability (nats)"),
     ("tracking", "tracking: −log-probability (nats)"),
     ("aggregation", "aggregation: −log-probability (nats)"),

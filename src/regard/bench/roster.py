@@ -167,8 +167,15 @@ ROSTER: dict[str, tuple[str, Callable[[int | float, int], dict[str, Any]], str]]
     ),
     "long-heads": ("LongHeads", _long_heads, "chunks chosen by each head, at positions within the budget"),
     "zero-tuning": ("ZeroTuning", _NO_BUDGET, "rescales the attention to the first token"),
+    "emphasize": ("Emphasize", _NO_BUDGET, "steers attention to the user's words, away from the chat template"),
 }
 """Name -> (class in `regard.methods`, fields that a common budget sets, what it is)."""
+
+ON_REQUEST: dict[str, tuple[str, Callable[[int | float, int], dict[str, Any]], str]] = {
+    "act": ("ACT", _NO_BUDGET, "calibrates the attention sinks of the heads it is given"),
+    "mask-heads": ("MaskHeads", _NO_BUDGET, "switches off the heads it is given"),
+}
+"""Like `ROSTER`, of methods that need to be told more than a budget: `act(heads=[(3, 1), (7, 0)])`."""
 
 DEFAULT_METHODS = (
     "dense",
@@ -189,8 +196,9 @@ def _plain(name: str) -> str:
 
 def canonical(name: str) -> str:
     """The roster's spelling of a method name; class names and other hyphenation are understood. Unknown: a `ValueError` with near names."""
-    known = {_plain(key): key for key in ROSTER} | {_plain(kind): key for key, (kind, _, _) in ROSTER.items()}
-    return known.get(_plain(name)) or require_name("methods", name.strip(), list(ROSTER))
+    every = ROSTER | ON_REQUEST
+    known = {_plain(key): key for key in every} | {_plain(kind): key for key, (kind, _, _) in every.items()}
+    return known.get(_plain(name)) or require_name("methods", name.strip(), list(every))
 
 
 def split_methods(text: str) -> list[str]:
@@ -227,8 +235,8 @@ def parse_method(text: str, *, budget: int | float, context: int) -> tuple[str, 
     """`"duo-attention(budget=0.25)"` -> its label and the method. Fields not given follow `budget`, else the paper's defaults."""
     name, _, rest = text.partition("(")
     key = canonical(name)
-    kind = getattr(methods, ROSTER[key][0])
-    from_budget = ROSTER[key][1]
+    kind_name, from_budget, _ = (ROSTER | ON_REQUEST)[key]
+    kind = getattr(methods, kind_name)
     given: dict[str, Any] = {}
     if rest:
         try:
@@ -241,5 +249,9 @@ def parse_method(text: str, *, budget: int | float, context: int) -> tuple[str, 
         for field in given:
             require_name(f"methods: {key}", field, fields)
     options = from_budget(budget, context) | given
+    for field in dataclasses.fields(kind):
+        needed = field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in options:
+            raise bad_value("methods", text, f"{key}({field.name}=...)")
     label = key if not given else f"{key}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
     return label, kind(**options)

@@ -16,5 +16,7 @@ _TABLE = {
     "text_spans": ".spans",
     "SpannedPrompt": ".spans",
     "load": ".hub",
+    "AgentDiffusion": ".agent_diffusion",
+    "AGENT_SD_SCHEDULE": ".agent_diffusion",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

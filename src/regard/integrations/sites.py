@@ -66,6 +66,13 @@ def _calls_interface(kind: Any) -> bool | None:
     return "attention_interface(" in source or "ALL_ATTENTION_FUNCTIONS" in source
 
 
+def is_timm_attention(module: nn.Module) -> bool:
+    """Whether this is the attention of timm's plain vision transformers, which `timm.py` joins."""
+    kind = type(module)
+    parts = ("qkv", "q_norm", "k_norm", "proj", "proj_drop", "attn_drop", "num_heads", "scale")
+    return kind.__name__ == "Attention" and kind.__module__.startswith("timm.") and all(hasattr(module, p) for p in parts)
+
+
 def _named_attention(module: nn.Module) -> bool:
     return "Attention" in type(module).__name__ and not isinstance(module, nn.MultiheadAttention)
 
@@ -81,7 +88,7 @@ def find_sites(session: Any) -> dict[nn.Module, Site]:
     others: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         kind: Any = type(module)
-        calls = _calls_interface(kind)
+        calls = is_timm_attention(module) or _calls_interface(kind)
         if calls or (calls is None and _named_attention(module)):
             sites[module] = make_site(session, path, module, sites.values())
         elif _named_attention(module):
@@ -134,7 +141,8 @@ def _tower(model: nn.Module, path: str) -> str:
             return tower
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "encoder" if re.search(r"(^|\.)encoder(\.|$)", path) else "decoder"
-    return _INPUTS.get(getattr(model, "main_input_name", ""), "text")
+    usual = "vision" if type(model).__module__.startswith("timm.") else "text"
+    return _INPUTS.get(getattr(model, "main_input_name", ""), usual)
 
 
 def _is_cross(path: str, module: nn.Module) -> bool:

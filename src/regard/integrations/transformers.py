@@ -18,7 +18,8 @@ from ..ops import backends
 from . import masks
 from .generation import watch
 from .session import Session, check_seams, describe
-from .sites import ATTRIBUTE, Site, find_sites, make_site, site_of, sites_of
+from .sites import ATTRIBUTE, Site, find_sites, is_timm_attention, make_site, site_of, sites_of
+from .timm import timm_forward
 
 NAME = "regard"
 
@@ -72,6 +73,8 @@ def attach(model: nn.Module, *methods: Method, spans: Mapping[str, Tensor] | Non
     try:
         for module, site in sites.items():
             _mark(session, module, site)
+            if is_timm_attention(module):
+                session.override(module, "forward", timm_forward(module, site))
         for config in _configs(model):
             _use(session, config)
         for entry in entries:

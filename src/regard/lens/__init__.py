@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:  # names that a file of this package has too: what they mean to a type checker
+    from .attention_indicators import attention_indicators as attention_indicators
+    from .arithmetic_heads import arithmetic_heads as arithmetic_heads
     from .attention_influence import attention_influence as attention_influence
     from .context_dependency import context_dependency as context_dependency
     from .corpus_influence import corpus_influence as corpus_influence
@@ -12,11 +14,21 @@ if TYPE_CHECKING:  # names that a file of this package has too: what they mean t
     from .icl_circuits import icl_circuits as icl_circuits
     from .logit_attribution import logit_attribution as logit_attribution
     from .look import look as look
+    from .misdirection import misdirection as misdirection
     from .retrieval_heads import retrieval_heads as retrieval_heads
     from .saliency import saliency as saliency
 
 _TABLE = {
     "attention_boundaries": ".boundaries",
+    "ParaphraseChoice": ".paraphrases",
+    "best_paraphrase": ".paraphrases",
+    "share_of_thirds": ".paraphrases",
+    "topic_vectors": ".paraphrases",
+    "concreteness": ".text_measures",
+    "flesch": ".text_measures",
+    "formality": ".text_measures",
+    "discretized_gradients": ".discretized",
+    "path_gradients": ".saliency",
     "attention_agreement": ".agreement",
     "correlation": ".agreement",
     "rationale_agreement": ".agreement",
@@ -41,6 +53,8 @@ _TABLE = {
     "influence_blocks": ".attention_influence",
     "span_plan": ".span_search",
     "span_plans": ".span_search",
+    "attention_indicators": ".attention_indicators",
+    "compare_indicators": ".attention_indicators",
     "sink_mass": ".probes",
     "sink_rate": ".sink",
     "sink_scores": ".sink",
@@ -69,8 +83,13 @@ _TABLE = {
     "influence_heads": ".corpus_influence",
     "select_top": ".corpus_influence",
     "KeyValueProbes": ".key_values",
+    "Misdirection": ".misdirection",
+    "blame": ".misdirection",
+    "misdirection": ".misdirection",
     "Record": ".record",
     "Patcher": ".patching",
+    "arithmetic_heads": ".arithmetic_heads",
+    "mean_head_outputs": ".arithmetic_heads",
     "total_effects": ".patch_effects",
     "path_effects": ".patch_effects",
     "direct_effects": ".patch_effects",
@@ -94,6 +113,8 @@ _TABLE = {
     "find_span": ".needle",
     "profile_heads": ".head_profile",
     "search_heads": ".head_search",
+    "expert_activation": ".experts",
+    "expert_contrast": ".experts",
     "next_token_objective": ".head_search",
     "tune_gamma": ".head_profile",
 }

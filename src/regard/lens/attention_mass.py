@@ -186,7 +186,7 @@ def _fitted(name: str, span: Tensor, made: Record, layer: int) -> Tensor:
     batch, length = made.q(layer).shape[0], made.k(layer).shape[2]
     fits = span.shape[1] == length and batch % span.shape[0] == 0
     require(fits, name, f"shape {tuple(span.shape)}", f"(B, T) = {(batch, length)}")
-    return span.repeat_interleave(batch // span.shape[0], dim=0)
+    return span.cpu().repeat_interleave(batch // span.shape[0], dim=0)
 
 
 def _last(made: Record, layer: int) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require, require_int, require_tensor
-from ..models.dare import DARE
 
 __all__ = [
     "GradientConflict",
@@ -69,22 +68,24 @@ def target_information(
 
 
 @torch.no_grad()
-def learned_correlation(model: DARE, places: int) -> Tensor:
+def learned_correlation(model: Any, places: int) -> Tensor:
     """What the model's attention says of the same: scores of category and position, softmax over (b, p) for each a, stretched to 0..1.
 
-    (a, b, p), to be laid beside `target_information`. For models with a dot product and positions one after another.
+    (a, b, p), to be laid beside `target_information`. model: `regard.models.DARE` with dot products and positions one after another.
     """
+    kind = getattr(model, "kind", type(model).__name__)
     require(
-        model.positions == "concat" and model.kind != "din",
+        getattr(model, "positions", None) == "concat" and kind != "din",
         "model",
-        model.kind,
+        kind,
         "a DARE with dot scores and positions='concat'",
     )
-    one, other = model.tables["attention_target"], model.tables["attention_history"]
-    require(model.kind not in ("projection", "projection_by_field"), "model", model.kind, "tables without projections")
-    kinds = one.category.weight @ other.category.weight.T * one.category.weight.shape[1] ** -0.5  # type: ignore[union-attr, operator]
-    near, places_of = one.position.weight, other.position.weight  # type: ignore[union-attr]
-    far = places_of[1 : places + 1] @ near[0] * near.shape[1] ** -0.5  # type: ignore[index, operator, union-attr]
+    require(kind not in ("projection", "projection_by_field"), "model", kind, "tables without projections")
+    tables: Any = model.tables
+    one, other = tables["attention_target"], tables["attention_history"]
+    kinds = one.category.weight @ other.category.weight.T * one.category.weight.shape[1] ** -0.5
+    near, places_of = one.position.weight, other.position.weight
+    far = places_of[1 : places + 1] @ near[0] * near.shape[1] ** -0.5
     weights = (kinds[:, :, None] + far).flatten(1).softmax(1)
     low, high = weights.amin(1, keepdim=True), weights.amax(1, keepdim=True)
     return ((weights - low) / (high - low).clamp(min=1e-30)).unflatten(1, (len(kinds), places))
@@ -134,7 +135,7 @@ class GradientConflict:
         return float((there < 0).double().mean())
 
 
-def gradient_conflict(model: DARE, batch: Mapping[str, Tensor], field: str = "category") -> GradientConflict:
+def gradient_conflict(model: nn.Module, batch: Mapping[str, Tensor], field: str = "category") -> GradientConflict:
     """Take apart what attention and what representation would do to the vectors of a model that shares them (`tables="twin"`).
 
     A copy of the model with two sets of equal vectors is differentiated; the model itself is left as it is.
@@ -143,7 +144,7 @@ def gradient_conflict(model: DARE, batch: Mapping[str, Tensor], field: str = "ca
         model: DARE with tables "twin". batch: with labels. field: "category", "item" or "position".
     """
     require(
-        isinstance(model, DARE) and model.kind == "twin",
+        getattr(model, "kind", None) == "twin",
         "model",
         getattr(model, "kind", type(model).__name__),
         "a DARE of tables 'twin'",

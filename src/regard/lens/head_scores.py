@@ -136,6 +136,8 @@ class HeadScores:
         else:
             banned = {(int(layer), int(head)) for layer, head in exclude}
         free = [divmod(i, self.num_heads) for i in range(self.scores.numel())]
+        if not bool(self.scores.isnan().all()):  # a place without a score may be no head at all
+            free = [head for head in free if self[head] == self[head]]
         free = [head for head in free if head not in banned]
         require(
             wanted <= len(free), "count", wanted, f"at most {len(free)} heads, which is what exclude={exclude!r} leaves"

@@ -55,8 +55,8 @@ def search_heads(
     """
     require_name("each", each, ("both", "head", "layer"))
     num_layers, num_heads = model_shape(model)
-    wanted_heads = _numbers("heads", heads, num_heads)
-    wanted_layers = _numbers("layers", layers, num_layers)
+    wanted_heads = chosen_numbers("heads", heads, num_heads)
+    wanted_layers = chosen_numbers("layers", layers, num_layers)
     shape = {"both": (num_layers, num_heads), "head": (1, num_heads), "layer": (num_layers, 1)}[each]
     if each == "both":
         trials = [((la, h), [(la, h)]) for la in wanted_layers for h in wanted_heads]
@@ -143,7 +143,8 @@ def next_token_logits(model: nn.Module, batch: Inputs) -> Tensor:
     return logits[torch.arange(len(logits), device=logits.device), last.to(logits.device)].float()
 
 
-def _numbers(name: str, wanted: Iterable[int] | None, count: int) -> list[int]:
+def chosen_numbers(name: str, wanted: Iterable[int] | None, count: int) -> list[int]:
+    """Numbers in [0, count), negative ones counted from the end; None = all."""
     if wanted is None:
         return list(range(count))
     listed = [int(number) for number in wanted]

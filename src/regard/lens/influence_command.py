@@ -116,7 +116,8 @@ def _heads(
     kept = Path(given) if given else out / "heads.safetensors"
     if given or (kept.exists() and not fresh):
         return HeadScores.load(kept).top(top)
-    heads, scores = influence_heads(*load(model), KeyValueProbes(count=probes, max_tokens=length), top=top)
+    loaded, tokenizer = load(model)
+    heads, scores = influence_heads(loaded, tokenizer, KeyValueProbes(count=probes, max_tokens=length), top=top)
     scores.save(kept)
     return heads
 
@@ -127,4 +128,5 @@ def _score(job: tuple[Any, ...]) -> Any:
     from .corpus_files import score_files
 
     model, corpus, heads, out, shard, options = job
-    return score_files(*load(model), corpus, heads, out, shard=shard, **options)
+    loaded, tokenizer = load(model)
+    return score_files(loaded, tokenizer, corpus, heads, out, shard=shard, **options)

@@ -11,7 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-__all__ = ["keyword_recall", "porter_stem", "rouge1_recall"]
+__all__ = ["keyword_recall", "porter_stem", "rouge1_f1", "rouge1_recall"]
 
 _VOWELS = frozenset("aeiou")
 _IRREGULAR = {
@@ -36,6 +36,16 @@ def rouge1_recall(reference: str, answer: str) -> float:
     return sum((wanted & got).values()) / max(1, wanted.total())
 
 
+def rouge1_f1(reference: str, answer: str, stem: bool = False) -> float:
+    """Harmonic mean of the share of the reference's words that the answer has and the share of its own that are wanted; 0 without any.
+
+    stem: whether words are stemmed (the default of the `evaluate` package is not).
+    """
+    wanted, got = Counter(_words(reference, stem)), Counter(_words(answer, stem))
+    shared = (wanted & got).total()
+    return 2 * shared / (wanted.total() + got.total()) if shared else 0.0
+
+
 def keyword_recall(words: Sequence[str], answer: str) -> float:
     """Share of the words (lower case) that the answer has as words of its own: in lower case, punctuation made spaces. The needle
     metric of Wang et al. 2024 (194, arXiv 2411.02688), whose error is 1 less this."""
@@ -44,9 +54,9 @@ def keyword_recall(words: Sequence[str], answer: str) -> float:
     return sum(word in said for word in words) / max(1, len(words))
 
 
-def _words(text: str) -> list[str]:
+def _words(text: str, stem: bool = True) -> list[str]:
     words = re.sub(r"[^a-z0-9]+", " ", text.lower()).split()
-    return [porter_stem(word) if len(word) > 3 else word for word in words]
+    return [porter_stem(word) if stem and len(word) > 3 else word for word in words]
 
 
 def porter_stem(word: str) -> str:

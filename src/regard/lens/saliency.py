@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,9 +17,17 @@ from torch import Tensor, nn
 
 from .._checks import bad_type, bad_value, require, require_int, require_name, require_tensor
 
-__all__ = ["ModelScore", "attention_rollout", "gradient_input", "integrated_gradients", "occlusion", "saliency"]
+__all__ = [
+    "ModelScore",
+    "attention_rollout",
+    "gradient_input",
+    "integrated_gradients",
+    "occlusion",
+    "path_gradients",
+    "saliency",
+]
 
-METHODS = ("gradient_input", "integrated_gradients", "sequential", "occlusion")
+METHODS = ("gradient_input", "integrated_gradients", "sequential", "discretized", "occlusion")
 Score = Callable[[Tensor], Tensor]
 """`score(x) -> (len(x),)`. It is given k copies of the batch, one behind another, with k of its own choice: x is (k * B, ...)."""
 
@@ -98,6 +107,17 @@ def occlusion(
         gone = some.view(len(some), 1, length, *[1] * (x.dim() - 2))
         found.append(score(torch.where(gone, start, x).flatten(0, 1)).view(len(some), len(x)))
     return (whole - torch.cat(found)).T if found else x.new_zeros(len(x), 0)
+
+
+def path_gradients(score: Score, path: Tensor) -> Tensor:
+    """The gradient summed along any path, from path[-1] (the baseline) to path[0], (P, B, ...): trapezoids. (B, ...)."""
+    require(path.dim() >= 2 and len(path) >= 2, "path", f"shape {tuple(path.shape)}", "(at least 2, B, ...)")
+    total, last = torch.zeros_like(path[0]), _gradient(score, path[0])
+    for here, there in pairwise(path):
+        new = _gradient(score, there)
+        total += (here - there) * (last + new) / 2
+        last = new
+    return total
 
 
 def _gradient(score: Score, x: Tensor) -> Tensor:
@@ -237,7 +257,8 @@ def saliency(
     Args:
         model, inputs, target, position, of: see `ModelScore`: `AttentionClassifier`s and Hugging Face classifiers, causal language
             models and masked ones (give `position`) alike.
-        method: "gradient_input"; "integrated_gradients"; "sequential" (IG of one token at a time); "occlusion" (the score lost where
+        method: "gradient_input"; "integrated_gradients"; "sequential" (IG of one token at a time);
+            "discretized" (IG along real words, see `discretized.py`); "occlusion" (the score lost where
             `window` tokens, an odd number, are set to the baseline).
         baseline: a number, an embedding (D,) or (B, T, D), or, as an int, the token (pad, mask) whose embedding it is. Note the
             difference of 0 and 0.0. steps, at_once: as in `integrated_gradients`; variants of occlusion at once.
@@ -255,6 +276,11 @@ def saliency(
     else:
         if method == "gradient_input":
             each = gradient_input(score, score.x)
+        elif method == "discretized":
+            from .discretized import discretized_gradients
+
+            table = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+            each = discretized_gradients(score, score.x, baseline, table, steps)
         else:
             each = integrated_gradients(
                 score, score.x, baseline, steps, at_once=at_once, sequential=method == "sequential"

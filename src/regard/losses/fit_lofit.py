@@ -104,7 +104,9 @@ def fit_lofit(
     return tuned
 
 
-def dpo_loss(chosen: Tensor, rejected: Tensor, chosen_before: Tensor, rejected_before: Tensor, beta: float = 0.5) -> Tensor:
+def dpo_loss(
+    chosen: Tensor, rejected: Tensor, chosen_before: Tensor, rejected_before: Tensor, beta: float = 0.5
+) -> Tensor:
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290): the mean of -log sigmoid(beta * margin).
 
     All (B,): summed log-probabilities of the chosen and the rejected texts, by the tuned model and by the one before.
@@ -144,7 +146,15 @@ def merge_lofit(model: nn.Module, tuned: HeadAffine) -> None:
 
 
 def _train(
-    model: nn.Module, tuned: HeadAffine, data: Any, lr: float, l1: float, loss: str, beta: float, seed: int, options: dict[str, Any]
+    model: nn.Module,
+    tuned: HeadAffine,
+    data: Any,
+    lr: float,
+    l1: float,
+    loss: str,
+    beta: float,
+    seed: int,
+    options: dict[str, Any],
 ) -> Fitted:
     require_name("loss", loss, ("sft", "dpo"))
     require(l1 >= 0, "l1", l1, "a number >= 0")

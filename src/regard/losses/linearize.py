@@ -33,7 +33,7 @@ def attention_transfer_loss(
     mse: float = 0.0,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy -sum_j target_ij log predicted_ij, mean over rows, times `xent`, and the mean squared error of the outputs, times `mse`.
+    """Cross entropy -sum_j target_ij log predicted_ij, mean over rows, times `xent`, and the outputs' mean squared error, times `mse`.
 
     Args:
         predicted, target: (B, H, N, M) weights, rows sum to 1. outputs, target_outputs: (B, H, N, D), needed where mse > 0.
@@ -61,7 +61,9 @@ def attention_transfer_loss(
     return total
 
 
-def transfer_loss_of_call(call: AttentionCall, pair: Any, *, xent: float = 1.0, mse: float = 0.0, eps: float = 1e-12) -> Tensor:
+def transfer_loss_of_call(
+    call: AttentionCall, pair: Any, *, xent: float = 1.0, mse: float = 0.0, eps: float = 1e-12
+) -> Tensor:
     """The loss of one layer's maps in one call of the softmax model."""
     if call.biases or call.sinks is not None:
         raise UnsupportedModelError(
@@ -124,7 +126,13 @@ def fit_linear_maps(
         return transfer_loss_of_call(call, maps[str(call.layer)], xent=xent, mse=mse, eps=eps) / count
 
     fitted: Fitted = fit(
-        maps, layer_loss(model, loss_of_call, forward), data, lr=lr, frozen=model, metadata=map_metadata(maps), **options
+        maps,
+        layer_loss(model, loss_of_call, forward),
+        data,
+        lr=lr,
+        frozen=model,
+        metadata=map_metadata(maps),
+        **options,
     )
     maps.fitted = fitted  # type: ignore[assignment]
     return maps.eval()

@@ -27,7 +27,7 @@ _MAPS, _LORA = "maps.", "lora"
 
 
 def next_token_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Cross entropy of the next token. batch: ids (B, N), or keyword arguments of the model; padding (`attention_mask` 0) does not count."""
+    """Cross entropy of the next token. batch: ids (B, N), or keyword arguments of the model; padding (`attention_mask` 0) is left out."""
     given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     logits = model(**{"use_cache": False, **given}).logits[:, :-1]
     labels = given["input_ids"][:, 1:]
@@ -110,8 +110,8 @@ def fit_lora(
 def load_converted(model: nn.Module, path: str | Path) -> tuple[nn.Module, Linearized | None]:
     """What `fit_lora` wrote, put into the model that it was made from: (the peft model, its `Linearized` or None).
 
-        model, method = load_converted(model, "converted.safetensors")
-        with regard.attach(model, method): ...
+    model, method = load_converted(model, "converted.safetensors")
+    with regard.attach(model, method): ...
     """
     from safetensors import safe_open
 

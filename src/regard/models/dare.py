@@ -81,8 +81,8 @@ class DARE(nn.Module):
         average: also the mean of the history (divided by its count + 1). aux: an MLP on the whole history, its loss added.
         hidden: widths of the last MLP. aux_hidden.
 
-    The batch is a mapping: `item`, `category` (B,), `history_items`, `history_categories` (B, T), the latest last; if wanted `label` (B,) (1
-    for a click, 0), `mask` (B, T) (default: items that are not 0), `position` (B,) and `history_positions` (B, T) (default: 0, and T to 1).
+    The batch is a mapping: `item`, `category` (B,), `history_items`, `history_categories` (B, T), the latest last; if wanted `label` (B,),
+    1 for a click, `mask` (B, T) (default: items that are not 0), `position` (B,), `history_positions` (B, T) (default: 0, and T to 1).
     """
 
     def __init__(

@@ -7,19 +7,15 @@ distillation token, and the PVT and CSwin networks, whose linear blocks are `InL
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from itertools import accumulate
 
-import torch
 from torch import Tensor, nn
 
-from .._checks import bad_value, require, require_int, require_name
-from ..nn.channel.gate import require_feature_map
+from .._checks import require, require_name
 from ..nn.layers import rename_keys
-from ..nn.sequence.pre_norm import require_rate
-from ..nn.spatial.grids import Grid, grid_pair
+from ..nn.spatial.grids import Grid
 from ..nn.spatial.inline_attention import InLineBlock
+from .vit_shells import DeiTShell, SwinShell, first_blocks
 
 __all__ = ["InLineDeiT", "InLineSwin", "inline_deit", "inline_swin"]
 
@@ -32,11 +28,7 @@ SWIN = {
 }
 
 
-def _rates(drop_path: float, depth: int) -> list[float]:
-    return [require_rate("drop_path", drop_path) * block / max(1, depth - 1) for block in range(depth)]
-
-
-class InLineDeiT(nn.Module):
+class InLineDeiT(DeiTShell):
     """Images (B, in_channels, side, side) -> logits (B, num_classes), read off a class token.
 
     Args:
@@ -59,46 +51,23 @@ class InLineDeiT(nn.Module):
         feature_map: str = "identity",
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.image_size, self.in_channels = grid_pair("image_size", image_size), in_channels
-        self.grid = _patches(self.image_size, patch_size)
-        require_int("depth", depth, 1)
-        self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, patch_size)
-        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
-        cells = self.grid[0] * self.grid[1]
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + cells, dim), std=0.02))
-        self.blocks = nn.Sequential(
-            *(
-                InLineBlock(
-                    dim,
-                    num_heads,
-                    self.grid,
-                    1,
-                    mlp_ratio=mlp_ratio,
-                    feature_map=feature_map,
-                    drop_path=rate,
-                    norm_eps=1e-6,
-                )
-                for rate in _rates(drop_path, depth)
+        def block(_: int, grid: Grid, rate: float) -> nn.Module:
+            return InLineBlock(
+                dim, num_heads, grid, 1, mlp_ratio=mlp_ratio, feature_map=feature_map, drop_path=rate, norm_eps=1e-6
             )
-        )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        self.apply(_init)
+
+        super().__init__(
+            dim, depth, block, image_size=image_size, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes,
+            drop_path=drop_path,
+        )  # fmt: skip
 
     @staticmethod
     def official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The authors' `VisionTransformer` (inline_deit.py) in our names; ours passes unchanged. Their files hold it under "model"."""
         return _network_keys(state)
 
-    def forward(self, x: Tensor) -> Tensor:
-        _check_image(x, self.in_channels, self.image_size)
-        x = self.patch_embed(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        return self.head(self.norm(self.blocks(x))[:, 0])
 
-
-class InLineSwin(nn.Module):
+class InLineSwin(SwinShell):
     """Images (B, in_channels, side, side) -> logits (B, num_classes): Swin with linear attention over the whole map in some stages.
 
     Args:
@@ -125,102 +94,30 @@ class InLineSwin(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
         stages = len(depths)
         require(len(num_heads) == stages, "num_heads", tuple(num_heads), f"{stages} entries, one a stage as in depths")
-        linear = _linear_blocks("I" * stages if attn_type is None else attn_type, depths)
-        self.image_size, self.in_channels = grid_pair("image_size", image_size), in_channels
-        grid = _patches(self.image_size, patch_size)
-        self.patch_embed, self.patch_norm = nn.Conv2d(in_channels, dim, patch_size, patch_size), nn.LayerNorm(dim)
-        rates, ends = _rates(drop_path, sum(depths)), list(accumulate(depths))
-        self.stages = nn.ModuleList()
-        for i, depth in enumerate(depths):
-            width = dim * 2**i
-            blocks = []
-            for j in range(depth):
-                side = window if j < linear[i] else max(7, window // 8)
-                blocks.append(
-                    InLineBlock(
-                        width,
-                        num_heads[i],
-                        grid,
-                        window=side,
-                        shift=side // 2 if j % 2 else 0,
-                        mlp_ratio=mlp_ratio,
-                        linear=j < linear[i],
-                        drop_path=rates[ends[i] - depth + j],
-                    )
-                )
-            stage = nn.ModuleDict({"blocks": nn.Sequential(*blocks)})
-            if i + 1 < stages:
-                halves = grid[0] % 2 == 0 and grid[1] % 2 == 0
-                require(halves, "image_size", self.image_size, f"one whose patches halve at each stage, not {grid}")
-                stage["downsample"] = _Merge(width, grid)
-                grid = (grid[0] // 2, grid[1] // 2)
-            self.stages.append(stage)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
-        self.apply(_init)
+        linear = first_blocks("I" * stages if attn_type is None else attn_type, depths, "I")
+
+        def block(i: int, j: int, width: int, grid: Grid, rate: float) -> nn.Module:
+            side = window if j < linear[i] else max(7, window // 8)
+            return InLineBlock(
+                width, num_heads[i], grid, window=side, shift=side // 2 if j % 2 else 0, mlp_ratio=mlp_ratio, linear=j < linear[i],
+                drop_path=rate,
+            )  # fmt: skip
+
+        super().__init__(
+            dim, depths, block, image_size=image_size, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes,
+            drop_path=drop_path,
+        )  # fmt: skip
 
     @staticmethod
     def official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The authors' `InLineSwin` in our names; ours passes unchanged. Their files hold it under "model"."""
         return rename_keys(_network_keys(state), (r"^layers\.", "stages."), (r"^patch_embed\.norm\.", "patch_norm."))
 
-    def forward(self, x: Tensor) -> Tensor:
-        _check_image(x, self.in_channels, self.image_size)
-        x = self.patch_norm(self.patch_embed(x).flatten(2).transpose(1, 2))
-        for stage in self.stages:
-            assert isinstance(stage, nn.ModuleDict)
-            x = stage["blocks"](x)
-            x = stage["downsample"](x) if "downsample" in stage else x
-        return self.head(self.norm(x).mean(dim=1))
-
-
-class _Merge(nn.Module):
-    """Four neighbouring cells become one of twice the channels."""
-
-    def __init__(self, dim: int, grid: Grid) -> None:
-        super().__init__()
-        self.grid = grid
-        self.norm, self.reduction = nn.LayerNorm(4 * dim), nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(1, (self.grid[0] // 2, 2, self.grid[1] // 2, 2))  # (B, rows, r, columns, c, C)
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)))
-
-
-def _linear_blocks(attn_type: str, depths: Sequence[int]) -> list[int]:
-    """How many blocks of each stage, from the first, are linear."""
-    stages, found = len(depths), re.fullmatch(r"([ISM]+)(\d*)", attn_type) if isinstance(attn_type, str) else None
-    if found is None or len(found[1]) != stages or ("M" in found[1]) != bool(found[2]):
-        raise bad_value(
-            "attn_type", attn_type, f"{stages} letters of I, S, M, and a number after them if there is an M"
-        )
-    return [{"I": depth, "S": 0}.get(kind, min(depth, int(found[2] or 0))) for kind, depth in zip(found[1], depths)]
-
-
-def _patches(image: Grid, patch_size: int) -> Grid:
-    require_int("patch_size", patch_size, 1)
-    fits = image[0] % patch_size == 0 and image[1] % patch_size == 0
-    require(fits, "image_size", image, f"a multiple of patch_size ({patch_size})")
-    return image[0] // patch_size, image[1] // patch_size
-
-
-def _check_image(x: Tensor, channels: int, size: Grid) -> None:
-    require_feature_map(x, channels)
-    require(tuple(x.shape[2:]) == size, "x", f"shape {tuple(x.shape)}", f"(B, {channels}, {size[0]}, {size[1]})")
-
 
 def _network_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return rename_keys(InLineBlock.official_keys(state), (r"^patch_embed\.proj\.", "patch_embed."))
-
-
-def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def inline_deit(

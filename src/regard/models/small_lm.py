@@ -226,9 +226,17 @@ class SmallLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        **first: Any,
     ) -> Tensor:
         """ids (B, N), N >= 1 -> (B, N + max_new_tokens). temperature 0: the likeliest token; else drawn from softmax(logits / it).
+
+        first: further arguments of the forward that reads `ids` (a padding mask), where the model has them and a state.
 
         In eval mode, whatever mode the model is in. Memory beside the ids: that of the mixers' states where all have one.
         """
@@ -241,9 +249,11 @@ class SmallLM(nn.Module):
         self.eval()
         try:
             state, new, step_by_step = None, ids, self.decodes
+            require(step_by_step or not first, "generate", sorted(first), "no such arguments without a state")
             for _ in range(max_new_tokens):
                 if step_by_step:
-                    logits, state = self(new, state, return_state=True)
+                    logits, state = self(new, state, return_state=True, **first)
+                    first = {}
                 else:
                     logits = self(ids)
                 last = logits[:, -1].float()
@@ -260,7 +270,7 @@ class SmallLM(nn.Module):
         """Bytes of the state after `length` tokens, measured by running; None where a mixer has none."""
         if not self.decodes:
             return None
-        device = self.norm.weight.device
+        device = self.head.weight.device
         if self.vocab_size is None:
             width = int(self.embedding.weight.shape[1])  # type: ignore[union-attr, index, arg-type]
             ids = torch.zeros(batch, length, width, device=device)

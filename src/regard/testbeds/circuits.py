@@ -165,7 +165,7 @@ def single_tokens(tokenizer: Any, words: Iterable[str], prefix: str = " ") -> di
     found = {}
     for word in words:
         ids = tokenizer(prefix + word, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1:
+        if len(ids) == 1 and ids[0] != getattr(tokenizer, "unk_token_id", None):
             found[word] = int(ids[0])
     return found
 
@@ -190,13 +190,15 @@ def indirect_object(tokenizer: Any, count: int = 32, seed: int = 0) -> PairBatch
     return _batch(tokenizer, make, count)
 
 
-def colored_objects(tokenizer: Any, count: int = 32, seed: int = 0) -> PairBatch:
-    """Three coloured things twice; one example with its answer, then the question. Corrupted: the same, asking for another of the three.
+def colored_objects(tokenizer: Any, count: int = 32, seed: int = 0, shots: int = 1) -> PairBatch:
+    """Three coloured things; `shots` examples with their answers (the paper's: one), then the question. Corrupted: the same, asking for
+    another of the three.
 
     Answers are capitalised, as in the paper. choices: the three colours of the question. Spans "right", "distractors" (colour
     words in the second list), "asked" (the thing asked for) and "example" (the first block). wrong: the answer to the corrupted
     prompt.
     """
+    require_int("shots", shots)
     rng = random.Random(f"colours {seed}")
     things = single_tokens(tokenizer, OBJECTS)
     answers = {
@@ -226,15 +228,14 @@ def colored_objects(tokenizer: Any, count: int = 32, seed: int = 0) -> PairBatch
         return objects, colors, text
 
     def make() -> _Pair:
-        _, colors, example = block()
-        told = rng.randrange(3)
-        shown = (
-            "".join(piece if isinstance(piece, str) else piece[0] for piece in example(told, False))
-            + f" {colors[told]}\n"
-        )
+        shown = ""
+        for _ in range(shots):
+            _, colors, example = block()
+            told = rng.randrange(3)
+            shown += _plain(example(told, False)) + f" {colors[told]}\n"
         _, colors, text = block()
         asked, other = rng.sample(range(3), 2)
-        head: list[Piece] = [(shown, "example")]
+        head: list[Piece] = [(shown, "example")] if shots else []
         choices = [answers[color] for color in colors]
         return _Pair(head + text(asked, True), head + text(other, True), choices[asked], choices[other], choices)
 
@@ -242,36 +243,42 @@ def colored_objects(tokenizer: Any, count: int = 32, seed: int = 0) -> PairBatch
 
 
 def multiple_choice(
-    tokenizer: Any, count: int = 32, seed: int = 0, labels: str = "letters", shuffle: bool = False, shots: int = 2
+    tokenizer: Any,
+    count: int = 32,
+    seed: int = 0,
+    labels: str = "letters",
+    shuffle: bool = False,
+    order: str = "label",
+    shots: int = 0,
 ) -> PairBatch:
-    """Four options, one of which says the word asked for; the answer is its label. Corrupted: the same prompt, asking for another
-    option's word.
+    """Four options, one of which says the word asked for; the answer is its label. Corrupted: the same prompt, asking for another option.
 
     Args:
         labels: "letters" (A B C D), "digits" (1 2 3 4), or "random" (four letters, drawn anew for each prompt).
         shuffle: labels in random order. shots: solved examples before the question.
+        order: "label": "A: fox, B: lamp. The label of lamp is"; "word": "fox A, lamp B. The label of lamp", which small models can do,
+            as it asks for what came after the word (SmolLM2-135M answers most of these, and of the others about a third).
 
-    choices: the four labels in the order in which they stand. `labels` of the batch says where they stand; span "content": the
-        right option's word.
+    choices: the four labels in the order in which they stand. `labels` of the batch says where they stand; span "content": the right
+    option's word.
     """
     require_name("labels", labels, LABELS)
+    require_name("order", order, ("label", "word"))
     require_int("shots", shots)
     rng = random.Random(f"choice {seed} {labels} {shuffle}")
     signs, end = _signs(tokenizer, LABELS[labels])
     words = single_tokens(tokenizer, WORDS)
     _enough("labels", signs, 4)
     _enough("words", words, 8)
+    asks = " is" if order == "label" else ""
 
     def question(marks: Sequence[str], options: Sequence[str], asked: int, marked: bool) -> list[Piece]:
         pieces: list[Piece] = ["Options:"]
         for i, (mark, word) in enumerate(zip(marks, options)):
-            pieces += [
-                (f" {mark}", f"label {i}" if marked else ""),
-                ":",
-                (f" {word}", "content" if marked and i == asked else ""),
-                ",",
-            ]
-        return [*pieces[:-1], f". The label of {options[asked]} is"]
+            label: Piece = (f" {mark}", f"label {i}" if marked else "")
+            content: Piece = (f" {word}", "content" if marked and i == asked else "")
+            pieces += [label, ":", content, ","] if order == "label" else [content, label, ","]
+        return [*pieces[:-1], f". The label of {options[asked]}{asks}"]
 
     def draw() -> tuple[list[str], list[str]]:
         marks = rng.sample(sorted(signs), 4)
@@ -282,8 +289,7 @@ def multiple_choice(
         for _ in range(shots):
             marks, options = draw()
             asked = rng.randrange(4)
-            pieces = question(marks, options, asked, False)
-            shown += "".join(piece if isinstance(piece, str) else piece[0] for piece in pieces) + f" {marks[asked]}\n"
+            shown += _plain(question(marks, options, asked, False)) + f" {marks[asked]}\n"
         marks, options = draw()
         asked, other = rng.sample(range(4), 2)
         ids = [signs[mark] for mark in marks]
@@ -383,6 +389,10 @@ def _fill(scene: str, words: Sequence[tuple[str, str]]) -> list[Piece]:
         before, _, scene = scene.partition(f"{{{number}}}")
         pieces += [before, (word, name)]
     return [*pieces, scene]
+
+
+def _plain(pieces: Sequence[Piece]) -> str:
+    return "".join(piece if isinstance(piece, str) else piece[0] for piece in pieces)
 
 
 def _enough(what: str, found: Any, need: int) -> None:

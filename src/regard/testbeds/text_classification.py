@@ -162,6 +162,7 @@ def text_batch(
     """Texts at `places` (default all), cut to `max_len` words and padded behind."""
     places = range(len(data)) if places is None else places
     rows = [vocabulary.encode(data.texts[i][:max_len]) for i in places]
+    require(bool(rows), "places", "none", "at least one text")
     length = max(len(row) for row in rows)
 
     def padded(lists: Iterable[Sequence[int]]) -> Tensor:

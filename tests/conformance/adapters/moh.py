@@ -58,4 +58,7 @@ def llama(case):
     gates = query_norm_routing(q, shared=case.kwargs["shared"], active=case.kwargs["active"]).gates
     out = attention(rotary(q), rotary(k), v, mask=regard.masks.causal) * gates.unsqueeze(-1)
     gated = out.transpose(1, 2)
-    return {"0": gated.flatten(2) @ weights["o_proj.weight"].T, "query": q.transpose(1, 2), "gated_heads": gated}
+    layer = regard.nn.QueryNormHeadAttention(x.shape[2], **case.kwargs, rope_base=10000.0, skip_inactive=True).eval()
+    regard.load_official(layer, weights)
+    torch.testing.assert_close(layer(x), gated.flatten(2) @ weights["o_proj.weight"].T)
+    return {"0": layer(x), "query": q.transpose(1, 2), "gated_heads": gated}

@@ -3,7 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from regard.lens import HeadScores, find_span
+from regard.lens import HeadScores, Needle, find_span, retrieval_heads
+from regard.lens.needle import NeedleSample
 from regard.lens.retrieval_heads import CopyCounter
 from regard.methods import AttentionCall
 from regard.methods.edits import MaskHeads
@@ -74,3 +75,30 @@ def aggregate(case):
     """Published scores of a real model, averaged and ranked."""
     table = HeadScores.from_runs(case.inputs["runs"])
     return {"mean": table.scores, "top": torch.tensor(table.top(30)), "above": torch.tensor(len(table.above(0.1)))}
+
+
+class Wordless:
+    """A tokenizer without line breaks or an end, as in the recording: every run has all its steps."""
+
+    eos_token_id = None
+
+    def decode(self, ids, **_):
+        return " ".join(f"t{int(i)}" for i in torch.as_tensor(ids).flatten())
+
+
+def whole_run(case):
+    """Greedy answers of a whole model, and what every head copied meanwhile."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**case.meta["official_kwargs"])).eval()
+    model.load_state_dict(case.params, strict=True)
+    said = []
+    model.register_forward_hook(lambda module, args, output: said.append(int(output.logits[0, -1].argmax())))
+    samples = [
+        NeedleSample(prompt[None], tuple(span), Needle("t", "", "t"), len(prompt), 0.0, "")
+        for prompt, span in zip(case.inputs["prompts"], case.inputs["spans"].tolist())
+    ]
+    steps = case.args["decode_len"]
+    table = retrieval_heads(model, Wordless(), samples, max_new_tokens=steps, min_recall=-1.0)
+    runs = torch.tensor(said).unflatten(0, (len(samples), steps + 1))  # the first forward of a run reads the prompt
+    return {"scores": table.runs, "said": runs[:, 1:]}

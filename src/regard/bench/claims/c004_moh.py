@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...integrations.transformers import attach
 from ...methods.call import AttentionCall, Method
-from ...ops import route_by_query_norm
+from ...methods.edits.query_norm_heads import QueryNormHeads
+from ...nn.sequence.mixture_of_heads import MixtureOfHeadAttention
 from ..text import token_windows
 from .claim import Outcome, Scale
 from .language import token_log_probs
+from .timing import times
 
 PAPER, SLUG = "004", "moh"
 SAYS = (
@@ -22,23 +25,14 @@ SAYS = (
 
 
 @dataclass
-class RoutedHeads(Method):
-    """Switch off, for each token, all but `active` heads (the first `shared` always stay): by query norm, or at random."""
+class RandomHeads(QueryNormHeads):
+    """The baseline: as many heads, drawn for each token."""
 
-    active: int = 1
-    shared: int = 0
-    seed: int | None = None
+    seed: int = 0
 
-    def edit(self, call: AttentionCall) -> None:
-        queries = call.q
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(1000 * self.seed + call.layer)
-            queries = torch.rand(queries.shape, generator=generator).to(queries)
-
-        def route(out: Tensor) -> Tensor:
-            return route_by_query_norm(queries, out, shared=self.shared, active=self.active)
-
-        call.on_output(route)
+    def _queries(self, call: AttentionCall) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * self.seed + call.layer)
+        return torch.rand(call.q.shape, generator=generator).to(call.q)
 
 
 def measure(scale: Scale) -> Outcome:
@@ -58,9 +52,9 @@ def measure(scale: Scale) -> Outcome:
     for share in (0.9, 0.75, 0.5):
         active = max(shared + 1, round(share * heads))
         routed = out.add(
-            f"{active} of {heads} by query norm", figure, "", perplexities(RoutedHeads(active, shared)), "all heads"
+            f"{active} of {heads} by query norm", figure, "", perplexities(QueryNormHeads(shared, active)), "all heads"
         )
-        drawn = [perplexities(RoutedHeads(active, shared, seed)) for seed in range(seeds)]
+        drawn = [perplexities(RandomHeads(shared, active, seed=seed)) for seed in range(seeds)]
         random = [sum(column) / seeds for column in zip(*drawn)]
         out.add(f"{active} of {heads} at random", figure, "", random, "all heads")
         lead = [value / other for value, other in zip(routed.values, random)]
@@ -73,4 +67,28 @@ def measure(scale: Scale) -> Outcome:
         if share == 0.75:
             what = f"{active} of {heads} heads: perplexity over that of all"
             out.check(what, routed.ratio or float("nan"), at_most=1.1, spread=routed.spread)
+    _skipping(out, scale)
     return out
+
+
+def _skipping(out: Outcome, scale: Scale) -> None:
+    """Time of a layer that computes the heads in use alone, beside all heads with the others multiplied by zero (the authors' code)."""
+    length, heads, rounds = scale.pick((3136, 8, 5), (64, 8, 2))
+    torch.manual_seed(0)
+    x = torch.randn(1, length, 64 * heads)
+    figure = f"time of a layer, {length} tokens"
+    for shared, active in ((1, 3), (2, 6)):
+        layers = {
+            skip: MixtureOfHeadAttention(64 * heads, heads, shared, active, skip_inactive=skip).eval()
+            for skip in (False, True)
+        }
+        layers[True].load_state_dict(layers[False].state_dict())
+        with torch.no_grad():
+            gap = float((layers[True](x) - layers[False](x)).abs().max() / layers[False](x).abs().max())
+            found = times({str(skip): partial(layer, x) for skip, layer in layers.items()}, rounds)
+        base, label = f"{active} of {heads} heads, all computed", f"{active} of {heads} heads, the others skipped"
+        out.add(base, figure, "s", found["False"])
+        row = out.add(label, figure, "s", found["True"], against=base)
+        what = f"{active} of {heads} heads: time of skipping over computing all"
+        out.check(what, row.ratio or float("nan"), at_most=1.0, spread=row.spread)
+        out.check(f"{active} of {heads} heads: largest difference of the outputs", gap, at_most=1e-5)

@@ -39,8 +39,8 @@ def measure(scale: Scale) -> Outcome:
     order = torch.randperm(len(learn), generator=torch.Generator().manual_seed(0)).tolist()
     learn = [learn[i] for i in order]
     out = Outcome(
-        f"{len(held_out)} held-out pieces of {context} tokens of Python's documentation; all attention layers converted by {transfer} steps of "
-        f"attention transfer and {lora} of LoRA (rank 8) on one piece each (the paper: the whole of WikiText-103)",
+        f"{len(held_out)} held-out pieces of {context} tokens of Python's documentation; all attention layers converted by {transfer} "
+        f"steps of attention transfer and {lora} of LoRA (rank 8) on one piece each (the paper: the whole of WikiText-103)",
         "a held-out piece",
     )
     out.add(BEFORE, f"{PPL}, as it came", "", before := _perplexities(model, held_out))
@@ -48,14 +48,14 @@ def measure(scale: Scale) -> Outcome:
     folder = cache_folder() / "claims" / f"085-{name}"  # a killed run goes on from here
     maps = _teach(model, learn, transfer, None if scale.quick else folder / "maps.safetensors")
     methods = {label: Linearized(own) for label, own in maps.items()}
-    untaught = {PLAIN: Linearized(linear_maps(model, "elu+1")), **methods}
-    _look(out, model, held_out[:2], untaught)
-    for label, method in untaught.items():
+    methods[PLAIN] = Linearized(linear_maps(model, "elu+1"))
+    _look(out, model, held_out[:2], methods)
+    for label, method in methods.items():
         with attach(model, method):
             out.add(label, f"{PPL}, after attention transfer", "", _perplexities(model, held_out))
-    for label in (BEFORE, HEDGEHOG, ELU):
+    for label in (BEFORE, *methods):
         own = [methods[label]] if label in methods else []
-        file = None if scale.quick else folder / f"{label.replace(' ', '')}.safetensors"
+        file = None if scale.quick else folder / f"{label.replace(' ', '').replace(',', '')}.safetensors"
         adapted = fit_lora(
             model, learn, own, steps=lora, lr=1e-3, schedule="linear", warmup=2, out=file, save_every=10, progress=False
         )  # fmt: skip
@@ -91,9 +91,9 @@ def _judge(out: Outcome, before: list[float]) -> None:
         perplexity(HEDGEHOG, tuned) / perplexity(BEFORE, tuned), at_most=1.06, digits=3,
     )  # fmt: skip
     out.note = (
-        f"Perplexities: softmax {_mean(before):.1f}, with LoRA {perplexity(BEFORE, tuned):.1f}; after transfer Hedgehog "
-        f"{perplexity(HEDGEHOG, taught):.1f}, learned 1 + elu {perplexity(ELU, taught):.1f}, plain 1 + elu {perplexity(PLAIN, taught):.3g}; "
-        f"with LoRA {perplexity(HEDGEHOG, tuned):.1f} and {perplexity(ELU, tuned):.1f}. "
+        f"Perplexities: softmax {_mean(before):.1f}, with LoRA {perplexity(BEFORE, tuned):.1f}; after transfer "
+        f"Hedgehog {perplexity(HEDGEHOG, taught):.1f}, learned 1 + elu {perplexity(ELU, taught):.1f}, "
+        f"plain 1 + elu {perplexity(PLAIN, taught):.3g}; with LoRA {perplexity(HEDGEHOG, tuned):.1f}, {perplexity(ELU, tuned):.1f} and {perplexity(PLAIN, tuned):.3g}. "
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import statistics
+from typing import Any
 
-from ...lens.corpus_influence import corpus_influence, influence_heads
+from ...lens.corpus_influence import document_losses, influence_heads
 from ...lens.key_values import KeyValueProbes
 from ..text import token_windows
 from .claim import Outcome, Scale
@@ -61,7 +62,7 @@ def shuffled(text: str, number: int) -> str:
 
 def measure(scale: Scale) -> Outcome:
     model, tokenizer = scale.language_model()
-    count = scale.pick(24, 6)
+    count = scale.pick(12, 6)
     probes = KeyValueProbes(count=scale.pick(6, 1), max_tokens=scale.pick(512, 300), shots=scale.pick(3, 1), key_len=16)
     heads, table = influence_heads(model, tokenizer, probes)
     texts = {"reasoning": [reasoning(i) for i in range(count)]}
@@ -69,17 +70,19 @@ def measure(scale: Scale) -> Outcome:
     windows = token_windows(tokenizer, 120, count)
     texts["prose"] = [tokenizer.decode(ids) for ids in windows]
     out = Outcome(f"{count} documents of each kind, {len(heads)} of {table.scores.numel()} heads masked", "a document")
-    draws = scale.pick(3, 1)
+    draws = scale.pick(2, 1)
     ways = {"retrieval heads": heads}
     ways |= {
         f"random heads {seed}": table.random(len(heads), exclude=4 * len(heads), seed=seed) for seed in range(draws)
     }
     found: dict[tuple[str, str], list[float]] = {}
     for kind, documents in texts.items():
+        ids = [tokenizer(text)["input_ids"] for text in documents]
+        base = _losses(model, ids, None)
         for way, masked in ways.items():
             if kind == "prose" and way != "retrieval heads":
                 continue
-            scores = [score.score for score in corpus_influence(model, tokenizer, documents, masked, batch_size=6)]
+            scores = [ref / plain - 1 for ref, plain in zip(_losses(model, ids, masked), base)]
             found[kind, way] = scores
             out.add(f"{kind}, {way} masked", "relative loss S", "", scores)
     ahead = _ahead(found["reasoning", "retrieval heads"], found["the same, words shuffled", "retrieval heads"])
@@ -97,6 +100,11 @@ def measure(scale: Scale) -> Outcome:
     )
     out.note = f"Reasoning is above prose in {prose:.2f} of pairs; with random heads masked, above shuffled text in {chance:.2f}."
     return out
+
+
+def _losses(model: Any, documents: list[list[int]], heads: list[tuple[int, int]] | None) -> list[float]:
+    parts = [document_losses(model, documents[i : i + 6], heads).tolist() for i in range(0, len(documents), 6)]
+    return [loss for part in parts for loss in part]
 
 
 def _ahead(ours: list[float], others: list[float]) -> float:

@@ -48,7 +48,9 @@ def softmax_layers(model: nn.Module) -> tuple[list[int], int, int, int]:
         )
     layers = [layer for layer in range(count) if not kinds or kinds[layer] != "sliding_attention"]
     if not layers:
-        raise UnsupportedModelError(f"model: every layer of {name} has a sliding window already; there is none to convert")
+        raise UnsupportedModelError(
+            f"model: every layer of {name} has a sliding window already; there is none to convert"
+        )
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return layers, heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
@@ -125,7 +127,9 @@ def maps_from(made: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str 
 
 
 def _build(made: dict[str, Any]) -> nn.ModuleDict:
-    given = {"num_kv_heads": made["num_kv_heads"], **made["options"]} if made["kind"] in LEARNED_MAPS else made["options"]
+    given = (
+        {"num_kv_heads": made["num_kv_heads"], **made["options"]} if made["kind"] in LEARNED_MAPS else made["options"]
+    )
     maps = nn.ModuleDict(
         {str(n): build_map_pair(made["kind"], made["num_heads"], made["head_dim"], **given) for n in made["layers"]}
     )

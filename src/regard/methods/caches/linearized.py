@@ -64,13 +64,15 @@ class Linearized(Method):
         layers, heads, kv_heads, head_dim = softmax_layers(model)
         odd = [layer for layer in self.maps if int(layer) not in layers]  # type: ignore[union-attr]
         if odd:
-            raise UnsupportedModelError(f"model: {type(model).__name__} has softmax layers {layers}, and Linearized has maps for {odd}")
+            raise UnsupportedModelError(
+                f"model: {type(model).__name__} has softmax layers {layers}, and Linearized has maps for {odd}"
+            )
         for pair in self.maps.values():  # type: ignore[union-attr]
             for one, allowed in ((pair.q, {1, heads}), (pair.k, {1, heads, kv_heads})):
                 made_for = getattr(one, "num_heads", heads), getattr(one, "head_dim", head_dim)
                 if made_for[0] not in allowed or made_for[1] != head_dim:
                     raise UnsupportedModelError(
-                        f"model: {type(model).__name__} has {heads} query and {kv_heads} kv heads of {head_dim}, and the maps were made for "
+                        f"model: {type(model).__name__} has {heads} query and {kv_heads} kv heads of {head_dim}, the maps are for "
                         f"{made_for[0]} of {made_for[1]}"
                     )
 
@@ -172,7 +174,9 @@ class LinearizedLayer(AttendingLayer):
             self.state = LinearState(fn(self.state.kv), fn(self.state.normaliser))
 
     def drop_last(self, count: int) -> None:
-        raise bad_value("crop", -count, "a cache that can take tokens back, which a state cannot: they are summed into it")
+        raise bad_value(
+            "crop", -count, "a cache that can take tokens back, which a state cannot: they are summed into it"
+        )
 
     def attend(self, call: AttentionCall) -> Tensor:
         keys, values, before = self.take(call)
@@ -183,6 +187,13 @@ class LinearizedLayer(AttendingLayer):
             place = torch.arange(before, before + keys.shape[2], device=keys.device)
             map_k = _only(self.pair.k, place >= self.start[:, None])
         out, self.state = linear_attention(
-            call.q, keys, values, feature_map=(self.pair.q, map_k), normalize=True, state=self.state, return_state=True, eps=self.eps
+            call.q,
+            keys,
+            values,
+            feature_map=(self.pair.q, map_k),
+            normalize=True,
+            state=self.state,
+            return_state=True,
+            eps=self.eps,
         )  # type: ignore[misc]
         return out

@@ -4,6 +4,7 @@ from ..._lazy import lazy_exports
 
 _TABLE = {
     "LargePiG": ".largepig",
+    "ProxyMixer": ".proxy_mixer",
     "copy_gate": ".pointer",
     "pointer_distribution": ".pointer",
     "mix_in_pointer": ".pointer",

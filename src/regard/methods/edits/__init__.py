@@ -7,7 +7,10 @@ _TABLE = {
     "Emphasize": ".emphasize",
     "emphasis_exponent": ".emphasize",
     "MaskHeads": ".mask_heads",
+    "SetAttention": ".set_attention",
+    "QueryNormHeads": ".query_norm_heads",
     "ACT": ".act",
+    "MoTE": ".mote",
     "LoFiT": ".lofit",
     "HeadAffine": ".lofit",
 }

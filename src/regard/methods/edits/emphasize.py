@@ -139,7 +139,15 @@ class Emphasize(Method):
         return sum(in_layers(self.layers, layer, call.num_layers) for layer in range(call.layer + 1))
 
     def _exponent(self, call: AttentionCall) -> Tensor:
-        """(B, M) over the keys of this call: 0 for what came after the prompt."""
+        """(B, M) over the keys of this call: 0 for what came after the prompt. Over the prompt it is made once a forward."""
+        kept = {} if call.session is None else call.session.last
+        name = f"emphasis {id(self)}"
+        if name not in kept:
+            kept[name] = self._over_prompt(call)
+        exponent: Tensor = kept[name][:, call.key_offset : call.key_offset + call.kv_len]
+        return torch.nn.functional.pad(exponent, (0, call.kv_len - exponent.shape[1]))
+
+    def _over_prompt(self, call: AttentionCall) -> Tensor:
         if isinstance(self.span, Tensor):
             span = self.span
         else:
@@ -147,13 +155,10 @@ class Emphasize(Method):
             span = spans[0]
             for other in spans[1:]:
                 span = span | other
-        require(
-            call.batch % span.shape[0] == 0, "span", f"{span.shape[0]} rows", f"a divisor of the batch, {call.batch}"
-        )
+        rows = span.shape[0]
+        require(call.batch % rows == 0, "span", f"{rows} rows", f"a divisor of the batch, {call.batch}")
         exponent = emphasis_exponent(span, self.form, self.variant) * span.any(1, keepdim=True)
-        exponent = exponent.to(call.q.device).repeat_interleave(call.batch // span.shape[0], dim=0)
-        exponent = exponent[:, call.key_offset : call.key_offset + call.kv_len]
-        return torch.nn.functional.pad(exponent, (0, call.kv_len - exponent.shape[1]))
+        return exponent.to(call.q.device).repeat_interleave(call.batch // rows, dim=0)
 
     def _heads_here(self, call: AttentionCall) -> list[int]:
         assert self._table is not None

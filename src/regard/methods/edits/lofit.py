@@ -33,15 +33,18 @@ _OFFICIAL = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.attn_(A|v)\.(\d+)$")
 
 
 class HeadAffine(nn.Module):
-    """Vectors of K heads: `scale` and `shift` (K, D), either of which may be left out; `heads` (K, 2) int64: layer and head of each row.
+    """Vectors of K heads: `scale` and `shift` (K, D), either of which may be left out; `heads` (K, 2): layer and head of each row.
 
     Args:
-        heads: different (layer, head) pairs, as `HeadScores.top` gives them. head_dim: D, of the head outputs. scale, shift: which there are.
+        heads: different (layer, head) pairs, as `HeadScores.top` gives them. head_dim: D, of the head outputs.
+        scale, shift: which of the two there are.
     """
 
     heads: Tensor
 
-    def __init__(self, heads: Iterable[tuple[int, int]], head_dim: int, *, scale: bool = True, shift: bool = True) -> None:
+    def __init__(
+        self, heads: Iterable[tuple[int, int]], head_dim: int, *, scale: bool = True, shift: bool = True
+    ) -> None:
         super().__init__()
         require_int("head_dim", head_dim, 1)
         listed = [(int(layer), int(head)) for layer, head in heads]

@@ -23,7 +23,12 @@ from .linear_attention import LinearAttention
 
 __all__ = ["HedgehogAttention"]
 
-MODES = {"softmax": "hedgehog", "exp": "hedgehog_exp", "stable_exp": "hedgehog_stable", "joint_softmax": "hedgehog_joint"}
+MODES = {
+    "softmax": "hedgehog",
+    "exp": "hedgehog_exp",
+    "stable_exp": "hedgehog_stable",
+    "joint_softmax": "hedgehog_joint",
+}
 
 
 class HedgehogAttention(LinearAttention):
@@ -74,4 +79,6 @@ class HedgehogAttention(LinearAttention):
     def official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """lolcats' layers: `o_proj` is our `out_proj`, `feature_map_q.mlp.layer` our `maps.q.weight`."""
         state = {name: tensor for name, tensor in state.items() if "rotary_emb" not in name}
-        return official_map_keys(rename_keys(state, (r"^o_proj\.", "out_proj."), (r"^feature_map_([qk])\.", r"maps.\1.")))
+        return official_map_keys(
+            rename_keys(state, (r"^o_proj\.", "out_proj."), (r"^feature_map_([qk])\.", r"maps.\1."))
+        )

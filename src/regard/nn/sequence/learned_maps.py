@@ -60,7 +60,9 @@ class LearnedFeatureMap(nn.Module):
         if bias is not None:
             require_name("bias", bias, BIASES)
         skip = skip or hidden is not None
-        require(not skip or self.feature_dim == head_dim, "feature_dim", feature_dim, f"head_dim ({head_dim}) with skip")
+        require(
+            not skip or self.feature_dim == head_dim, "feature_dim", feature_dim, f"head_dim ({head_dim}) with skip"
+        )
         require(eps is None or eps >= 0, "eps", eps, "a number >= 0, or None")
         self.activation, self.skip, self.eps = activation, skip, eps
         resolve(activation)
@@ -69,9 +71,7 @@ class LearnedFeatureMap(nn.Module):
         if hidden is None:
             self.weight = nn.Parameter(torch.empty(num_heads, head_dim, self.feature_dim))
             if bias is not None:
-                self.bias = nn.Parameter(
-                    torch.zeros((1, num_heads, 1, self.feature_dim if bias == "feature" else 1))
-                )
+                self.bias = nn.Parameter(torch.zeros((1, num_heads, 1, self.feature_dim if bias == "feature" else 1)))
         else:
             require(bias is None, "bias", bias, "None beside hidden, which has biases")
             self.weight = nn.Parameter(torch.empty(num_heads, head_dim, require_int("hidden", hidden, 1)))
@@ -163,7 +163,9 @@ def build_map_pair(
     learned = isinstance(feature_map, str) and feature_map in LEARNED_MAPS
     if not learned:
         given = sorted(options) + ["feature_dim"] * (feature_dim is not None)
-        require(not given, "feature_map", feature_map, f"one of {', '.join(LEARNED_MAPS)} to go with {', '.join(given)}")
+        require(
+            not given, "feature_map", feature_map, f"one of {', '.join(LEARNED_MAPS)} to go with {', '.join(given)}"
+        )
         if isinstance(feature_map, str):
             require_name("feature_map", feature_map, [*FEATURE_MAPS, *LEARNED_MAPS])
         return MapPair(*resolve(feature_map))

@@ -126,7 +126,7 @@ class LinearAttention(nn.Module):
     ) -> Any:
         """x (B, N, dim) -> (B, N, dim), or (that, LinearAttentionState) with `return_state`; `state`: what an earlier call returned.
 
-        padding_mask: (B, N), nonzero for tokens, zero for padding anywhere in the row, which nobody reads then (a fixed decay goes on over it).
+        padding_mask: (B, N), nonzero for tokens, zero for padding anywhere in the row, which nobody reads then (a decay goes on over it).
         form: "auto", "parallel", "chunk" or "recurrent", as `regard.ops.linear_attention`.
         """
         require_tensor("x", x, dims=3, floating=True)

@@ -97,7 +97,7 @@ class NeuralMemory(nn.Module):
         if residual:
             self.first.append(nn.Parameter(torch.zeros(num_heads, self.head_dim)))
         self.gate_proj = nn.Linear(dim, dim, bias=False)
-        self.norm = nn.RMSNorm(self.head_dim)
+        self.norm = nn.RMSNorm(self.head_dim, 1e-5)
         self.out_proj = nn.Linear(dim, dim, bias=False)
         with torch.no_grad():
             for place, weight in enumerate(list(self.first)[:depth]):
@@ -112,9 +112,9 @@ class NeuralMemory(nn.Module):
         return MemoryState(NeuralMemoryState.start(list(self.first), batch), None)
 
     def recall(self, x: Tensor, memory: NeuralMemoryState) -> Tensor:
-        """What is stored under x (B, N, dim), taken for queries as they are but for their length: (B, N, dim). Nothing is stored."""
+        """What is stored under x (B, N, dim), taken for queries as they are but for their length, normed: (B, N, dim). Stores nothing."""
         q = F.normalize(rearrange(x, "b n (h d) -> b h n d", h=self.num_heads), dim=-1)
-        return rearrange(memory_read(memory.weights, q, self.activation), "b h n d -> b n (h d)").to(x.dtype)
+        return rearrange(self.norm(memory_read(memory.weights, q, self.activation)), "b h n d -> b n (h d)").to(x.dtype)
 
     def forward(self, x: Tensor, *, state: MemoryState | None = None, return_state: bool = False) -> Any:
         """x (B, N, dim) -> (B, N, dim), or (that, MemoryState) with `return_state`; `state`: what an earlier call returned."""

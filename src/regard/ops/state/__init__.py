@@ -10,6 +10,7 @@ _TABLE = {
     "LTV": ".ltv",
     "linear_scan": ".linear_scan",
     "selective_ssm_ltv": ".ltv",
+    "selective_scan": ".selective_scan",
     "linear_attention": ".linear",
     "linear_attention_backend": ".linear",
     "linear_attention_decode": ".linear",

@@ -73,7 +73,9 @@ class Focused:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = F.relu(x) + self.eps
-        sharp = (y / y.amax(-1, keepdim=True)) ** self.power  # of the largest channel: small numbers to a power would vanish
+        sharp = (
+            y / y.amax(-1, keepdim=True)
+        ) ** self.power  # of the largest channel: small numbers to a power would vanish
         return sharp * (y.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
 
 
