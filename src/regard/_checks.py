@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,15 @@ def require_tensor(argument: str, value: Any, dims: int | None = None, floating:
     if floating and not value.is_floating_point():
         raise bad_type(argument, value.dtype, f"a floating point tensor (dtype is {value.dtype})")
     return value
+
+
+def require_shape(argument: str, value: Any, need: Sequence[int | None]) -> torch.Tensor:
+    """A tensor of shape `need`; None there: any number."""
+    tensor = require_tensor(argument, value)
+    fits = tensor.dim() == len(need) and all(want in (None, got) for want, got in zip(need, tensor.shape))
+    wanted = ", ".join("n" if want is None else str(want) for want in need)
+    require(fits, argument, f"shape {tuple(tensor.shape)}", f"shape ({wanted})")
+    return tensor
 
 
 def require_name(argument: str, name: str, known: Iterable[str]) -> str:

@@ -90,3 +90,20 @@ def test_bad_input(model, prompt):
         span_mass(model, prompt, spans={"x": torch.ones(1, 3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="layer"):
         span_mass(model, prompt).table(layer=9)
+
+
+def test_the_command(monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from regard.cli import app
+
+    monkeypatch.setattr(regard, "load", lambda name: (tiny_llama(vocab_size=SIZE), chat_tokenizer()))
+    call = ["lens", "mass", "--prompt", "Ann pays. When?", "--part", "question=When?"]
+    got = CliRunner().invoke(app, [*call, "--system", "Be brief.", "--layer", "1", "--png", str(tmp_path / "m.png")])
+    assert got.exit_code == 0, got.output
+    for word in ("question", "system", "template", "last token", "m.png"):
+        assert word in got.output
+    got = CliRunner().invoke(app, [*call, "--plain"])
+    assert "prompt" in got.output and "template" not in got.output
+    got = CliRunner().invoke(app, [*call, "--part", "oops"])
+    assert isinstance(got.exception, ValueError) and "NAME=TEXT" in str(got.exception)

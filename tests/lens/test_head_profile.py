@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import regard
-from regard.lens import profile_heads, tune_gamma
+from regard.lens import fit_zero_tuning, profile_heads, tune_gamma
 from tiny import tiny_llama
 
 
@@ -111,3 +111,29 @@ def test_bad_settings(model, batches, options, words):
         profile_heads(model, batches, **options)
     with pytest.raises(ValueError, match="inputs"):
         profile_heads(model, [])
+
+
+@pytest.mark.parametrize("each", ["head", "layer", "both"])
+def test_the_whole_procedure_never_does_worse_than_nothing(model, batches, each):
+    method, profile, table = fit_zero_tuning(model, batches, each=each, gammas=(0.25, 4.0), probe_gammas=(3.0, 0.2))
+    assert set(table) == {0.25, 1.0, 4.0} and table[method.gamma] == max(table.values()) >= profile.baseline - 1e-6
+    assert entropy(model, batches, method) == pytest.approx(-table[method.gamma], rel=1e-5)
+    tried = {"head": 4, "layer": 3, "both": 12}[each]
+    chosen = method.layers if each == "layer" else method.heads
+    assert round(0.4 * tried) <= len(chosen) <= round(0.7 * tried)
+
+
+def test_shares_bound_the_group(model, batches):
+    method, _, _ = fit_zero_tuning(model, batches, gammas=(2.0,), share=(1.0, 1.0))
+    assert sorted(method.heads) == [0, 1, 2, 3]
+    method, _, _ = fit_zero_tuning(model, batches, gammas=(2.0,), share=(0.01, 0.25))
+    assert len(method.heads) == 1
+    with pytest.raises(ValueError, match="share"):
+        fit_zero_tuning(model, batches, share=(0.7, 0.4))
+
+
+def test_labels_choose_by_accuracy_or_log_probability(model, batches):
+    labels = [torch.tensor([5, 6, 7]), torch.tensor([8, 9, 10])]
+    for objective in ("accuracy", "log-probability"):
+        method, profile, table = fit_zero_tuning(model, batches, labels, gammas=(0.5, 2.0), objective=objective)
+        assert table[method.gamma] >= table[1.0] and profile.each == "head"

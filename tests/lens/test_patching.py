@@ -371,3 +371,15 @@ def test_models_whose_parts_do_not_add_up():
     assert found.scores.abs().max() > 0
     with pytest.raises(regard.UnsupportedModelError):
         direct_effects(model, ids[0], ids[1], metric)
+
+
+def test_a_family_without_a_feed_forward_module(pair):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
+    model = OPTForCausalLM(OPTConfig(max_position_embeddings=64, word_embed_proj_dim=32, **sizes)).eval()
+    for of in ("head", "attn"):
+        assert total_effects(model, *pair, METRIC, of=of, relative="none").scores.abs().max() > 0
+    with pytest.raises(regard.UnsupportedModelError, match="feed-forward"):
+        total_effects(model, *pair, METRIC, of="mlp")

@@ -197,3 +197,57 @@ def test_bad_input():
             linear_maps(model, **change)
     with regard.attach(model, regard.Linearized(linear_maps(model)), regard.MaskHeads({0: [1]})):
         pass
+
+
+def _gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+
+
+def _gemma2():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=128, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=8, sliding_window=4, query_pre_attn_scalar=8,
+        )
+    )  # fmt: skip
+
+
+def _neox():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=128, **sizes))
+
+
+@pytest.mark.parametrize(("make", "converted"), [(_gpt2, 2), (_gemma2, 1), (_neox, 2)])
+def test_other_families_need_no_patch(make, converted):
+    torch.manual_seed(0)
+    model = make().eval()
+    maps = _maps(model)
+    assert len(maps) == converted  # a layer with a sliding window of its own stays
+    ids = _ids(2, 12)
+    with regard.attach(model, regard.Linearized(maps)) as session, torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = session.new_cache()
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([7, 1, 4], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_sliding_windows_alone_has_nothing_to_convert():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = MistralConfig(vocab_size=20, sliding_window=4, **sizes)
+    config.layer_types = ["sliding_attention"]
+    with pytest.raises(regard.UnsupportedModelError, match="none to convert"):
+        linear_maps(MistralForCausalLM(config))

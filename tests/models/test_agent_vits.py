@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import regard
-from regard.models import AgentDeiT, AgentPVT, AgentSwin, agent_deit, agent_pvt, agent_swin
+from regard.models import AgentCSWin, AgentDeiT, AgentPVT, AgentSwin, agent_cswin, agent_deit, agent_pvt, agent_swin
 from regard.nn import AgentBlock, InLineBlock, SoftmaxBlock, SpatialReductionAttention
 from regard.ops import attention
 
@@ -23,10 +23,11 @@ def millions(make):
         (lambda: agent_swin("t"), 28, 30), (lambda: agent_swin("s"), 49, 51), (lambda: agent_swin("b"), 87, 91),
         (lambda: agent_pvt("t"), 11, 12.5), (lambda: agent_pvt("s"), 20, 22), (lambda: agent_pvt("m"), 35, 37),
         (lambda: agent_pvt("l"), 47, 51),
+        (lambda: agent_cswin("t"), 20, 24), (lambda: agent_cswin("s"), 32, 34), (lambda: agent_cswin("b"), 71, 75),
     ],
 )  # fmt: skip
 def test_published_sizes(make, low, high):
-    """The paper's parameter counts: 6.0, 22.7, 87.2; 29, 50, 90; 11.6, 20.6, 35.9, 48.7 million."""
+    """The paper's parameter counts: 6.0, 22.7, 87.2; 29, 50, 90; 11.6, 20.6, 35.9, 48.7; 21, 33, 73 million."""
     assert low < millions(make) < high
 
 
@@ -45,6 +46,17 @@ def test_stages_have_the_blocks_they_say():
     "make",
     [
         lambda: AgentDeiT(24, 2, 3, 4, 1, image_size=(16, 24), patch_size=4, num_classes=5),
+        lambda: AgentCSWin(
+            8,
+            (2, 1),
+            (2, 2),
+            (4, 4),
+            "MA1",
+            split_sizes=(2, 2),
+            agent_split_sizes=(4, 2),
+            image_size=(16, 32),
+            num_classes=5,
+        ),
         lambda: AgentSwin(
             8, (2, 1), (2, 2), (4, 4), "MB1", image_size=(28, 56), window=56, patch_size=2, num_classes=5
         ),
@@ -95,6 +107,9 @@ def test_reduction_of_one_is_plain_attention():
         (lambda: AgentPVT(attn_type="AAIM"), "attn_type"),
         (lambda: AgentPVT(depths=(1,)), "depths"),
         (lambda: agent_pvt("x"), "size"),
+        (lambda: AgentCSWin(split_sizes=(1,)), "split_sizes"),
+        (lambda: AgentCSWin(image_size=48), "image_size"),
+        (lambda: AgentCSWin(image_size=224, agent_split_sizes=(5, 5, 5, 5)), "stripe"),
         (lambda: SpatialReductionAttention(12, 3, 4, 1, 2), "cls_tokens"),
         (lambda: SpatialReductionAttention(12, 3, 4, 0, 5), "sr_ratio"),
     ],

@@ -63,7 +63,7 @@ def test_mac_recalls_only_what_earlier_segments_stored():
     """What is recalled comes from the memory as the segment began: the first segment's from the learned weights alone."""
     layer, x = make("mac"), torch.randn(1, 5, 8, dtype=torch.float64)
     _, state = layer(x, return_state=True)
-    h = layer.memory.recall(layer.recall_proj(x), layer.memory.start(1).memory)
+    h = layer.memory.recall(x, layer.memory.start(1).memory)
     _, k, v = layer._project(h, 0)
     torch.testing.assert_close(state.recalled[0], k)
     torch.testing.assert_close(state.recalled[1], v)

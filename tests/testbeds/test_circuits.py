@@ -1,5 +1,6 @@
 """Tasks for circuits: their ground truth, read back from the prompts themselves."""
 
+import json
 import re
 
 import pytest
@@ -7,29 +8,13 @@ import torch
 
 from regard.lens import total_effects
 from regard.testbeds import circuits
-from regard.testbeds.circuits import arithmetic, colored_objects, indirect_object, multiple_choice
+from regard.testbeds.circuits import arithmetic, colored_objects, indirect_object, multiple_choice, word_tokenizer
 from tiny import CharTokenizer, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from transformers import PreTrainedTokenizerFast
-
-    texts = [" ".join(circuits.NAMES + circuits.OBJECTS + circuits.WORDS + circuits.PLACES + circuits.GIFTS)]
-    texts += [" ".join(c for c in (*circuits.COLORS, *(c.title() for c in circuits.COLORS)))]
-    texts += [" ".join(map(str, range(100))), " ".join(circuits.LABELS["random"])]
-    words = sorted(
-        {f" {word}" for text in texts for word in text.split()}
-        | set("123456789")
-        | {"10", "11", "12", *"+-*/=,.:"}
-        | {f" {c}" for c in ("plus", "minus", "times", "over", "and", "is")}
-    )
-    inner = Tokenizer(WordLevel({"<unk>": 0} | {word: i + 1 for i, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = Split(Regex(r" ?\w+|[^\w\s]|\s"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<unk>")
+    return word_tokenizer()
 
 
 def words(tokenizer, ids):
@@ -162,3 +147,32 @@ def test_bad_settings(tokenizer):
         batch.label_loss()
     with pytest.raises(ValueError, match="rows"):
         batch.rows(torch.tensor([False, False]))
+
+
+def test_pairs_from_files(tokenizer, tmp_path):
+    from regard.testbeds.published_pairs import read_pairs
+
+    batch = colored_objects(tokenizer, 5)
+    rows = [
+        [[text[i], f" {words(tokenizer, [ids[n]])[0]}"] for n, text in enumerate(batch.texts)]
+        for i, ids in ((0, batch.right), (1, batch.wrong))
+    ]
+    rows[0].append(["fox", " red"])
+    rows[1].append(["fox fox", " blue"])  # longer than its partner
+    rows[0].append(["fox", " red blue"])
+    rows[1].append(["boat", " blue"])  # not one token
+    paths = [tmp_path / "clean.json", tmp_path / "corrupted.json"]
+    for path, row in zip(paths, rows):
+        path.write_text(json.dumps(row))
+    again = read_pairs(tokenizer, *paths)
+    assert (
+        again.texts == batch.texts and torch.equal(again.right, batch.right) and torch.equal(again.wrong, batch.wrong)
+    )
+    assert torch.equal(again.corrupted["input_ids"], batch.corrupted["input_ids"]) and not again.spans
+    assert len(read_pairs(tokenizer, *paths, limit=2)) == 2
+    paths[1].write_text(json.dumps(rows[1][:-1]))
+    with pytest.raises(ValueError, match="as many"):
+        read_pairs(tokenizer, *paths)
+    paths[1].write_text('{"prompt": 1}')
+    with pytest.raises(ValueError, match="corrupted"):
+        read_pairs(tokenizer, *paths)

@@ -21,6 +21,7 @@ for _part in (
     ".cab_command",
     ".mixers_command",
     ".ocw_command",
+    ".edits_command",
 ):
     if importlib.util.find_spec(_part, __package__) is not None:
         importlib.import_module(_part, __package__).register(bench)

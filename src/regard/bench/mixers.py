@@ -51,6 +51,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "combiner": {"segment": 8},
     "long_short": {"chunk": 8, "window": 16, "memory": 16},
     "qlstm": {"expansion": 1.0},
+    "titans_lmm": {"depth": 1},
+    "titans_mac": {"depth": 1, "segment": 16},
+    "titans_mag": {"depth": 1, "window": 16},
+    "titans_mal": {"depth": 1, "window": 16},
 }
 _EXTRA: dict[str, Entry] = {
     "sliding_window, 8": Entry(("sliding_window",), {"window": 8}),

@@ -249,9 +249,9 @@ def parse_method(text: str, *, budget: int | float, context: int) -> tuple[str, 
         for field in given:
             require_name(f"methods: {key}", field, fields)
     options = from_budget(budget, context) | given
-    for field in dataclasses.fields(kind):
-        needed = field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed and field.name not in options:
-            raise bad_value("methods", text, f"{key}({field.name}=...)")
+    for part in dataclasses.fields(kind):
+        needed = part.init and part.default is dataclasses.MISSING and part.default_factory is dataclasses.MISSING
+        if needed and part.name not in options:
+            raise bad_value("methods", text, f"{key}({part.name}=...)")
     label = key if not given else f"{key}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
     return label, kind(**options)

@@ -70,7 +70,9 @@ def is_timm_attention(module: nn.Module) -> bool:
     """Whether this is the attention of timm's plain vision transformers, which `timm.py` joins."""
     kind = type(module)
     parts = ("qkv", "q_norm", "k_norm", "proj", "proj_drop", "attn_drop", "num_heads", "scale")
-    return kind.__name__ == "Attention" and kind.__module__.startswith("timm.") and all(hasattr(module, p) for p in parts)
+    return (
+        kind.__name__ == "Attention" and kind.__module__.startswith("timm.") and all(hasattr(module, p) for p in parts)
+    )
 
 
 def _named_attention(module: nn.Module) -> bool:

@@ -8,13 +8,16 @@ if TYPE_CHECKING:  # names that a file of this package has too: what they mean t
     from .attention_indicators import attention_indicators as attention_indicators
     from .arithmetic_heads import arithmetic_heads as arithmetic_heads
     from .attention_influence import attention_influence as attention_influence
+    from .attention_patterns import attention_patterns as attention_patterns
     from .context_dependency import context_dependency as context_dependency
     from .corpus_influence import corpus_influence as corpus_influence
     from .head_atlas import head_atlas as head_atlas
     from .icl_circuits import icl_circuits as icl_circuits
+    from .letter_heads import letter_heads as letter_heads
     from .logit_attribution import logit_attribution as logit_attribution
     from .look import look as look
     from .misdirection import misdirection as misdirection
+    from .monotonicity import monotonicity as monotonicity
     from .retrieval_heads import retrieval_heads as retrieval_heads
     from .saliency import saliency as saliency
 
@@ -45,6 +48,11 @@ _TABLE = {
     "search_quality": ".click_models",
     "target_information": ".click_models",
     "look": ".look",
+    "masked_saliency": ".masked_saliency_maps",
+    "random_masks": ".masked_saliency_maps",
+    "deletion_curve": ".deletion",
+    "SpeechExplanation": ".speech_explanations",
+    "explain_speech": ".speech_explanations",
     "ICLCircuits": ".icl_circuits",
     "icl_circuits": ".icl_circuits",
     "attention_entropy": ".probes",
@@ -56,6 +64,7 @@ _TABLE = {
     "attention_indicators": ".attention_indicators",
     "compare_indicators": ".attention_indicators",
     "sink_mass": ".probes",
+    "monotonicity": ".monotonicity",
     "sink_rate": ".sink",
     "sink_scores": ".sink",
     "column_importance": ".sink",
@@ -88,6 +97,10 @@ _TABLE = {
     "misdirection": ".misdirection",
     "Record": ".record",
     "Patcher": ".patching",
+    "letter_heads": ".letter_heads",
+    "head_subspace": ".letter_heads",
+    "value_weighted_attention": ".letter_heads",
+    "nodes_needed": ".letter_heads",
     "arithmetic_heads": ".arithmetic_heads",
     "mean_head_outputs": ".arithmetic_heads",
     "total_effects": ".patch_effects",
@@ -113,9 +126,20 @@ _TABLE = {
     "find_span": ".needle",
     "profile_heads": ".head_profile",
     "search_heads": ".head_search",
+    "head_importance": ".vit_heads",
+    "PruneHeads": ".vit_heads",
+    "hop_distances": ".spatial_attention",
+    "hop_profile": ".spatial_attention",
+    "hop_strength": ".spatial_attention",
+    "prefix_mass": ".spatial_attention",
+    "relative_attention_map": ".spatial_attention",
+    "AttentionPatternAE": ".attention_patterns",
+    "attention_patterns": ".attention_patterns",
+    "fit_patterns": ".attention_patterns",
     "expert_activation": ".experts",
     "expert_contrast": ".experts",
     "next_token_objective": ".head_search",
     "tune_gamma": ".head_profile",
+    "fit_zero_tuning": ".head_profile",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _TABLE)

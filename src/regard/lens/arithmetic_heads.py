@@ -21,7 +21,8 @@ from torch import Tensor
 from .._checks import require, require_fraction, require_tensor
 from .answer_metrics import AnswerProbability
 from .head_scores import HeadScores
-from .patch_effects import Inputs, _mapping, _rows, path_effects
+from .patch_effects import path_effects
+from .patch_work import Inputs, ids_and_mask, some_rows
 from .patching import Patcher
 
 __all__ = ["arithmetic_heads", "mean_head_outputs"]
@@ -51,19 +52,21 @@ def arithmetic_heads(
     """
     require_fraction("min_probability", min_probability)
     require_tensor("right", right, dims=1)
-    one, other = _mapping("clean", clean), _mapping("corrupted", corrupted)
+    one, other = ids_and_mask("clean", clean), ids_and_mask("corrupted", corrupted)
     fits = len(right) == len(one["input_ids"])
     require(fits, "right", f"shape {tuple(right.shape)}", f"({len(one['input_ids'])},), one token a prompt")
     kept = []
     for begin in range(0, len(right), 16):
         rows = torch.arange(begin, min(begin + 16, len(right)))
-        part = _rows(one, rows)
+        part = some_rows(one, rows)
         logits = Patcher(model, part, part, positions=-1).base_logits
         kept.append(AnswerProbability(right[rows])(logits, torch.arange(len(rows))).cpu() >= min_probability)
     rows = torch.cat(kept).nonzero()[:, 0]
     require(len(rows) > 0, "clean", f"no prompt whose answer has a probability of {min_probability}", "at least one")
     metric = AnswerProbability(right[rows.to(right.device)])
-    found = path_effects(model, _rows(one, rows), _rows(other, rows), metric, of=of, **{"relative": "base", **options})
+    found = path_effects(
+        model, some_rows(one, rows), some_rows(other, rows), metric, of=of, **{"relative": "base", **options}
+    )
     found.info |= {"left out": len(right) - len(rows)}
     return found
 
@@ -74,7 +77,7 @@ def mean_head_outputs(model: Any, inputs: Inputs, position: int | None = None) -
     Args:
         inputs: ids (P, T), or a mapping with a left-padded mask; padding does not count. position: of one token alone; None: all.
     """
-    given = _mapping("inputs", inputs)
+    given = ids_and_mask("inputs", inputs)
     patcher = Patcher(model, given, given, positions=position)
     mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))[:, patcher.positions].to(patcher.keep)
     weight = (mask / mask.sum())[:, None, :, None]

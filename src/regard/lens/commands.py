@@ -16,7 +16,7 @@ def _group() -> None:
     pass  # with a callback a group of one command keeps that command's name
 
 
-for _part in (".heads_command", ".influence_command"):
+for _part in (".heads_command", ".influence_command", ".mass_command"):
     importlib.import_module(_part, __package__).register(lens)
 
 

@@ -92,7 +92,7 @@ def expert_contrast(maps: Tensor, labels: Sequence[Any], target: Any, *, rule: s
 def _counter(router: Router, real: Tensor, table: Tensor, weight: str) -> Callable[..., None]:
     """A hook that writes what a router chose into `table` (B, L, E); `real` (B, N) says which tokens count."""
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
+    def keep(_module: nn.Module, _given: Any, output: Any) -> None:
         _, weights, chosen = router_choice(output, router)
         need = f"{real.numel()}, one a token"
         require(len(chosen) == real.numel(), "model", f"{len(chosen)} routed tokens", need)

@@ -19,7 +19,7 @@ from ..methods.edits.zero_tuning import ZeroTuning
 from .head_scores import HeadScores
 from .head_search import next_token_objective, search_heads
 
-__all__ = ["HeadProfile", "profile_heads", "tune_gamma"]
+__all__ = ["HeadProfile", "fit_zero_tuning", "profile_heads", "tune_gamma"]
 
 Inputs = Mapping[str, Tensor]
 EACH = ("head", "layer", "both")
@@ -136,3 +136,51 @@ def tune_gamma(
     table = {float(gamma): measure(ZeroTuning(float(gamma), heads=heads, layers=layers)) for gamma in gammas}
     best = max(table, key=lambda gamma: (table[gamma], -abs(gamma - 1.0)))
     return best, table
+
+
+def fit_zero_tuning(
+    model: Any,
+    inputs: Iterable[Inputs],
+    labels: Iterable[Tensor] | None = None,
+    *,
+    probe_gammas: tuple[float, float] = (2.0, 0.5),
+    gammas: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0),
+    objective: str | None = None,
+    each: str = "head",
+    share: tuple[float, float] = (0.4, 0.7),
+    layers: Sequence[int] | None = None,
+    choices: Tensor | None = None,
+) -> tuple[ZeroTuning, HeadProfile, dict[float, float]]:
+    """The whole procedure: profile the heads, take the dominant group, find its factor. With labels by accuracy, without by entropy.
+
+        method, profile, table = regard.lens.fit_zero_tuning(model, prompts)
+        with regard.attach(model, method): ...
+
+    Args:
+        probe_gammas: factors of the profiling. gammas: grid of the factor, to which 1 is always added: nothing is done
+            where nothing helps.
+        share: least and largest share of what was tried (heads, layers or both) to tune; the paper finds 40 to 70 % best. A dominant group
+            outside of it is filled up, or cut, by the order of its gains.
+        Others as in `profile_heads`.
+
+    Returns:
+        (the `ZeroTuning` to attach, the `HeadProfile`, the objective at each factor).
+    """
+    require(0.0 < share[0] <= share[1] <= 1.0, "share", share, "(least, largest), 0 < least <= largest <= 1")
+    batches, given = list(inputs), None if labels is None else list(labels)
+    profile = profile_heads(
+        model, batches, given, gammas=probe_gammas, objective=objective, each=each, layers=layers, choices=choices
+    )
+    group = profile.up if len(profile.up_heads) >= len(profile.down_heads) else profile.down
+    ranked = profile._named(group.ranking())
+    least, most = (max(1, round(part * len(ranked))) for part in share)
+    chosen = ranked[: min(max(len(profile.dominant), least), most)]
+    where: dict[str, Any] = {"heads": chosen, "layers": layers} if each == "head" else {}
+    if each == "layer":
+        where = {"layers": sorted(chosen)}
+    elif each == "both":
+        where = {"heads": chosen}
+    best, table = tune_gamma(
+        model, batches, given, gammas=sorted({*gammas, 1.0}), objective=objective, choices=choices, **where
+    )
+    return ZeroTuning(best, **where), profile, table

@@ -84,7 +84,8 @@ class KeyValueProbes:
         text = self._text(kept, asked)
         key, value = asked[-1]
         ids, offsets = token_offsets(tokenizer, text)
-        begin, end = find_text(text, json.dumps(value)[1:-1])
+        begin = find_text(text, f"{json.dumps(key)}: ")[1] + 1  # behind the value's opening quote
+        end = begin + len(json.dumps(value)) - 2
         inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > begin]
         needle = Needle(f"{key}: {value}", key, value)
         span = (inside[0], inside[-1] + 1)

@@ -25,7 +25,7 @@ from ..integrations.anatomy import Block, blocks
 from ..integrations.transformers import attach
 from ..methods.call import AttentionCall, Method, UnsupportedModelError
 
-__all__ = ["PARTS", "Change", "Patcher"]
+__all__ = ["PARTS", "Change", "Patcher", "padded_ids"]
 
 PARTS = ("head", "attn", "mlp", "resid", "q", "k", "v")
 _HEADED = ("head", "q", "k", "v")
@@ -128,8 +128,8 @@ class Patcher:
         keep: str | torch.device | None = None,
     ) -> None:
         self.model = model
-        self.ids, self.mask = _inputs("base", base)
-        donor_ids, donor_mask = _inputs("donor", donor)
+        self.ids, self.mask = padded_ids("base", base)
+        donor_ids, donor_mask = padded_ids("donor", donor)
         same = donor_ids.shape == self.ids.shape and _same_mask(self.mask, donor_mask)
         require(
             same,
@@ -397,7 +397,8 @@ class Patcher:
         return cache
 
 
-def _inputs(name: str, given: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def padded_ids(name: str, given: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, T) and their mask (None: no padding), checked: int64, padding on the left alone."""
     mask = None
     if isinstance(given, Mapping):
         require("input_ids" in given, name, sorted(given), "a mapping with 'input_ids'")

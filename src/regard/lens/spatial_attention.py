@@ -43,7 +43,8 @@ def hop_strength(
     """Attention that patches give to patches at distance 0, 1, 2, ...: (..., K + 1), K the largest distance in the grid.
 
     Args:
-        weights: (..., N, N), patches in rows of the grid, behind `prefix` other tokens (class, registers). prefix: None: all but the patches.
+        weights: (..., N, N), patches in rows of the grid, behind `prefix` other tokens (class, registers).
+        prefix: their number; None: all but the patches.
         per_neighbour: the mean over the patches at a distance, not their sum, so that distances compare; of queries that have some there.
         renormalise: rows over the patches alone are made to sum to 1.
 
@@ -122,7 +123,12 @@ def _patches(weights: Tensor, grid: Grid, prefix: int | None) -> tuple[Tensor, T
     require_tensor("weights", weights, floating=True)
     count = grid[0] * grid[1]
     square = weights.dim() >= 2 and weights.shape[-1] == weights.shape[-2] >= count
-    require(square, "weights", f"shape {tuple(weights.shape)}", f"(..., N, N), N >= {count} patches of the grid {tuple(grid)}")
+    require(
+        square,
+        "weights",
+        f"shape {tuple(weights.shape)}",
+        f"(..., N, N), N >= {count} patches of the grid {tuple(grid)}",
+    )
     before = weights.shape[-1] - count if prefix is None else require_int("prefix", prefix)
     require(before + count <= weights.shape[-1], "prefix", before, f"at most {weights.shape[-1] - count}")
     whole = weights.to(torch.promote_types(weights.dtype, torch.float32))[..., : before + count, : before + count]

@@ -1,7 +1,8 @@
 """How much each head of a vision transformer matters: what happens to the prediction when it is pruned.
 
-Paper: Li et al. 2023, "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt" (IEEE TVCG, arXiv 2303.13731). No code was
-published. Pruning a head sets its output to zero before the output projection; its place can be the class token's row, or the patches', alone.
+Paper: Li et al. 2023, "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt" (IEEE TVCG, arXiv 2303.13731). No code
+was published. Pruning a head sets its output to zero before the output projection: at all tokens, at the class token alone, or at the
+patches alone.
 """
 
 from __future__ import annotations
@@ -101,9 +102,16 @@ def head_importance(
     parts = []
     for images, labels in batches:
         whole = _log_probs(model, images)
-        fits = labels.dim() == 1 and len(labels) == len(whole) and bool((labels >= 0).all()) and int(labels.max()) < whole.shape[1]
+        fits = (
+            labels.dim() == 1
+            and len(labels) == len(whole)
+            and bool((labels >= 0).all())
+            and int(labels.max()) < whole.shape[1]
+        )
         require(fits, "data", f"labels of shape {tuple(labels.shape)}", f"(B,) class numbers in [0, {whole.shape[1]})")
-        tables = {metric: torch.full((len(whole), num_layers, num_heads), torch.nan, dtype=torch.float64) for metric in wanted}
+        tables = {
+            metric: torch.full((len(whole), num_layers, num_heads), torch.nan, dtype=torch.float64) for metric in wanted
+        }
         for layer in tried_layers:
             for head in tried_heads:
                 gone = [(layer, head)] if prune == "head" else [(layer, h) for h in range(num_heads) if h != head]
@@ -114,7 +122,8 @@ def head_importance(
         parts.append(tables)
     info = {"part": part, "prune": prune}
     return {
-        metric: HeadScores.from_runs(torch.cat([tables[metric] for tables in parts]), name=metric, info=info) for metric in wanted
+        metric: HeadScores.from_runs(torch.cat([tables[metric] for tables in parts]), name=metric, info=info)
+        for metric in wanted
     }
 
 
@@ -136,8 +145,8 @@ def _compare(metric: str, whole: Tensor, pruned: Tensor, labels: Tensor) -> Tens
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     """Jensen-Shannon divergence of distributions given as log-probabilities (..., classes), in nats: in [0, log 2]."""
     middle = torch.logaddexp(first, second) - torch.log(torch.tensor(2.0, dtype=first.dtype))
-    parts = (torch.where(p == -torch.inf, 0.0, p.exp() * (p - middle)).sum(-1) for p in (first, second))
-    return (sum(parts) / 2).clamp(min=0.0)
+    ours, theirs = (torch.where(p == -torch.inf, 0.0, p.exp() * (p - middle)).sum(-1) for p in (first, second))
+    return ((ours + theirs) / 2).clamp(min=0.0)
 
 
 def _log_probs(model: nn.Module, images: Any) -> Tensor:

@@ -180,7 +180,7 @@ def _train(
                     before = [_label_log_probs(model, part) for part in pair]
             finally:
                 method.enabled = True
-            got = dpo_loss(*now, *before, beta=beta)
+            got = dpo_loss(now[0], now[1], before[0], before[1], beta)
         return got + l1 * sum(parameter.abs().sum() for parameter in tuned.parameters()) if l1 else got
 
     options = {"schedule": "linear", "clip": 1.0, "metadata": {"lofit": "{}"}, **options}
@@ -217,7 +217,8 @@ def _on(batch: Any, device: torch.device, name: str) -> dict[str, Tensor]:
 def _shape(model: nn.Module) -> tuple[int, int, int]:
     """(layers, query heads, size of a head's output)."""
     with attach(model) as session:
-        config: Any = session.entry.config.get_text_config(decoder=True)  # type: ignore[union-attr]
+        entry: Any = session.entry
+        config = entry.config.get_text_config(decoder=True)
         layers = session.num_layers
     heads = config.num_attention_heads
     size = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads

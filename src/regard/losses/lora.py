@@ -151,7 +151,7 @@ def _adapted(model: nn.Module, settings: Mapping[str, Any], seed: int) -> Any:
 
 def _adapters(adapted: nn.Module) -> dict[str, nn.Module]:
     """Name -> the linear maps that LoRA added."""
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in adapted.named_modules()
         if (".lora_A." in name or ".lora_B." in name) and isinstance(module, nn.Linear)

@@ -33,7 +33,8 @@ class Router:
 
 def find_routers(model: nn.Module) -> list[Router]:
     """The routers of a model, by block. Raises `UnsupportedModelError` where there is none, or one of another form."""
-    found, others = [], set()
+    found: list[Router] = []
+    others: set[str] = set()
     for path, module in model.named_modules():
         name = type(module).__name__
         experts, top_k = getattr(module, "num_experts", None), getattr(module, "top_k", None)

@@ -2,11 +2,10 @@
 
 | task | asks | corrupted prompt | after |
 |---|---|---|---|
-| `indirect_object` | who is given something | three other names (ABC) | Wang et al. 2022, arXiv 2211.00593 |
-| `colored_objects` | the colour of one of three things, after one example | asks for another thing | Merullo et al. 2023, arXiv
-2310.08744 | | `multiple_choice` | the label of the option that says a word | asks for another word | Lieberum et al. 2023, arXiv
-2307.09458 | | `arithmetic` | a sum, difference, ... of two numbers | the same numbers without the relation | Zhang et al. 2024,
-arXiv 2409.01659 |
+| `indirect_object` | who is given something | three other names (ABC) | Wang et al. 2022 (2211.00593) |
+| `colored_objects` | the colour of one of three things | asks for another thing | Merullo et al. 2023 (2310.08744) |
+| `multiple_choice` | the label of the option that says a word | asks for another word | Lieberum et al. 2023 (2307.09458) |
+| `arithmetic` | a sum, difference, ... | the same numbers, no relation | Zhang et al. 2024 (2409.01659) |
 
 Words are taken only where the tokenizer has them as one token, so that pairs line up token by token. Texts and word lists are
 ours, but for the sentence form, objects and colours of the coloured objects, which are the task.
@@ -16,23 +15,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .._checks import bad_value, require, require_int, require_name
-from ..lens.answer_metrics import AnswerCorrect, LabelLoss, LabelMargin, LogitDifference
+from .._checks import require, require_int, require_name
+from .pairs import Pair, PairBatch, Piece, draw_pairs, single_tokens
 
 __all__ = [
     "LABELS",
-    "PairBatch",
     "arithmetic",
     "colored_objects",
     "indirect_object",
     "multiple_choice",
-    "single_tokens",
+    "word_tokenizer",
 ]
 
 
@@ -68,106 +62,32 @@ RELATIONS = {
     "*": (("{a} * {b} =", "{a} , {b} ."), ("{a} times {b} is", "{a} and {b} is")),
     "/": (("{a} / {b} =", "{a} , {b} ."), ("{a} over {b} is", "{a} and {b} is")),
 }
-Piece = str | tuple[str, str]
 
 
-@dataclass(frozen=True, eq=False)
-class PairBatch:
-    """Prompts, encoded, padded on the left.
+def word_tokenizer() -> Any:
+    """A transformers tokenizer that has every word of these tasks (with its space) as one token, for models trained on them."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
 
-    Attributes:
-        clean, corrupted: `input_ids` and `attention_mask`, each (P, T), of pairs that line up. right, wrong: (P,) ids: the answer
-            to the clean prompt, and that to the corrupted one (or the most tempting other). choices: (P, n) ids that an answer
-            may be, the right one among them; or None.
-        spans: name -> bool (P, T), what the tokens of the clean prompts are. texts: clean and corrupted text of each.
-        labels: (P, n) places in the prompt of the labels (multiple choice), else None.
-    """
-
-    clean: dict[str, Tensor]
-    corrupted: dict[str, Tensor]
-    right: Tensor
-    wrong: Tensor
-    choices: Tensor | None
-    spans: dict[str, Tensor]
-    texts: list[tuple[str, str]]
-    labels: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.right)
-
-    def rows(self, rows: Sequence[int] | Tensor) -> PairBatch:
-        """Some of the pairs, by number or bool mask."""
-        index = torch.as_tensor(rows)
-        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
-        require(len(index) > 0, "rows", "none", "at least one")
-
-        def cut(tensor: Tensor | None) -> Any:
-            return None if tensor is None else tensor[index]
-
-        return replace(
-            self,
-            clean={name: value[index] for name, value in self.clean.items()},
-            corrupted={name: value[index] for name, value in self.corrupted.items()},
-            right=self.right[index],
-            wrong=self.wrong[index],
-            choices=cut(self.choices),
-            spans={name: span[index] for name, span in self.spans.items()},
-            texts=[self.texts[int(i)] for i in index],
-            labels=cut(self.labels),
-        )
-
-    # Metrics of the right length, for `regard.lens.total_effects` and its like
-
-    def logit_difference(self) -> LogitDifference:
-        return LogitDifference(self.right, self.wrong)
-
-    def correct(self, among_choices: bool = False) -> AnswerCorrect:
-        return AnswerCorrect(self.right, self._choices() if among_choices else None)
-
-    def label_margin(self) -> LabelMargin:
-        return LabelMargin(self.right, self._choices())
-
-    def label_loss(self) -> LabelLoss:
-        return LabelLoss(self.right, self._choices())
-
-    def _choices(self) -> Tensor:
-        if self.choices is None:
-            raise bad_value("choices", None, "a task with a list of possible answers")
-        return self.choices
-
-    @torch.no_grad()
-    def logits(self, model: Any, batch_size: int = 16) -> Tensor:
-        """The model's logits (P, V) after the clean prompts."""
-        found = []
-        for begin in range(0, len(self), batch_size):
-            ids, mask = (
-                self.clean[name][begin : begin + batch_size].to(model.device)
-                for name in ("input_ids", "attention_mask")
-            )
-            position = (mask.cumsum(1) - 1).clamp(min=0)
-            out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=1)
-            found.append(out.logits[:, -1].float().cpu())
-        return torch.cat(found)
-
-    def accuracy(self, model: Any, among_choices: bool = False) -> float:
-        """Share of the clean prompts after which the right answer is the likeliest token (or the likeliest choice)."""
-        return float(self.correct(among_choices)(self.logits(model), torch.arange(len(self))).mean())
-
-    def solved(self, model: Any, among_choices: bool = False) -> PairBatch:
-        """The pairs whose clean prompt the model answers right. Raises a `ValueError` where there is none."""
-        right = self.correct(among_choices)(self.logits(model), torch.arange(len(self))) > 0
-        require(bool(right.any()), "model", "none of the prompts answered right", "at least one")
-        return self.rows(right)
-
-
-def single_tokens(tokenizer: Any, words: Iterable[str], prefix: str = " ") -> dict[str, int]:
-    """word -> its id, of those words that are one token with `prefix` before them."""
-    found = {}
-    for word in words:
-        ids = tokenizer(prefix + word, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1 and ids[0] != getattr(tokenizer, "unk_token_id", None):
-            found[word] = int(ids[0])
-    return found
+    numbers = [str(number) for number in range(100)]
+    known = {
+        *NAMES,
+        *OBJECTS,
+        *WORDS,
+        *PLACES,
+        *GIFTS,
+        *COLORS,
+        *(color.title() for color in COLORS),
+        *numbers,
+        *LABELS["random"],
+    }
+    known |= {"plus", "minus", "times", "over", "and", "is"}
+    words = sorted({f" {word}" for word in known} | set(numbers) | set("+-*/=,.:?\n "))
+    inner = Tokenizer(WordLevel({"<unk>": 0} | {word: i + 1 for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Split(Regex(r" ?\w+|[^\w\s]|\s"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<unk>")
 
 
 def indirect_object(tokenizer: Any, count: int = 32, seed: int = 0) -> PairBatch:
@@ -179,15 +99,15 @@ def indirect_object(tokenizer: Any, count: int = 32, seed: int = 0) -> PairBatch
     rng, names = random.Random(f"ioi {seed}"), single_tokens(tokenizer, NAMES)
     _enough("names", names, 6)
 
-    def make() -> _Pair:
+    def make() -> Pair:
         io, subject, *others = rng.sample(sorted(names), 5)
         first, second = (io, subject) if rng.random() < 0.5 else (subject, io)
         scene = rng.choice(SCENES).format("{0}", "{1}", "{2}", place=rng.choice(PLACES), gift=rng.choice(GIFTS))
         roles = {io: "io", subject: "s1"}
         clean = _fill(scene, [(first, roles[first]), (second, roles[second]), (subject, "s2")])
-        return _Pair(clean, _fill(scene, [(name, "") for name in others]), names[io], names[subject])
+        return Pair(clean, _fill(scene, [(name, "") for name in others]), names[io], names[subject])
 
-    return _batch(tokenizer, make, count)
+    return draw_pairs(tokenizer, make, count)
 
 
 def colored_objects(tokenizer: Any, count: int = 32, seed: int = 0, shots: int = 1) -> PairBatch:
@@ -227,7 +147,7 @@ def colored_objects(tokenizer: Any, count: int = 32, seed: int = 0, shots: int =
 
         return objects, colors, text
 
-    def make() -> _Pair:
+    def make() -> Pair:
         shown = ""
         for _ in range(shots):
             _, colors, example = block()
@@ -237,9 +157,9 @@ def colored_objects(tokenizer: Any, count: int = 32, seed: int = 0, shots: int =
         asked, other = rng.sample(range(3), 2)
         head: list[Piece] = [(shown, "example")] if shots else []
         choices = [answers[color] for color in colors]
-        return _Pair(head + text(asked, True), head + text(other, True), choices[asked], choices[other], choices)
+        return Pair(head + text(asked, True), head + text(other, True), choices[asked], choices[other], choices)
 
-    return _batch(tokenizer, make, count)
+    return draw_pairs(tokenizer, make, count)
 
 
 def multiple_choice(
@@ -284,7 +204,7 @@ def multiple_choice(
         marks = rng.sample(sorted(signs), 4)
         return marks if shuffle else sorted(marks), rng.sample(sorted(words), 4)
 
-    def make() -> _Pair:
+    def make() -> Pair:
         shown = ""
         for _ in range(shots):
             marks, options = draw()
@@ -295,9 +215,9 @@ def multiple_choice(
         ids = [signs[mark] for mark in marks]
         head: list[Piece] = [(shown, "example")] if shots else []
         clean, corrupted = (head + question(marks, options, i, True) + end for i in (asked, other))
-        return _Pair(clean, corrupted, ids[asked], ids[other], ids)
+        return Pair(clean, corrupted, ids[asked], ids[other], ids)
 
-    return _batch(tokenizer, make, count, labels=4)
+    return draw_pairs(tokenizer, make, count, labels=4)
 
 
 def arithmetic(
@@ -338,7 +258,7 @@ def arithmetic(
         names = ("a", "operation", "b") if marked else ("", "", "")
         return [before, (str(a), names[0]), (middle.rstrip(), names[1]), " ", (str(b), names[2]), after]
 
-    def make() -> _Pair:
+    def make() -> Pair:
         op = rng.choice(operations)
         related, bare = RELATIONS[op][rng.randrange(2) if form is None else form]
         drawn = rng.sample(problems[op], shots + 1)
@@ -347,9 +267,9 @@ def arithmetic(
         head: list[Piece] = [(shown, "example")] if shots else []
         other = c + 1 if str(c + 1) in numbers else c - 1
         clean = head + pieces(related, op, a, b, True) + end
-        return _Pair(clean, head + pieces(bare, op, a, b, False) + end, numbers[str(c)], numbers[str(other)])
+        return Pair(clean, head + pieces(bare, op, a, b, False) + end, numbers[str(c)], numbers[str(other)])
 
-    return _batch(tokenizer, make, count)
+    return draw_pairs(tokenizer, make, count)
 
 
 def _problems(op: str, largest: int, numbers: dict[str, int]) -> list[tuple[int, int, int]]:
@@ -364,7 +284,7 @@ def _problems(op: str, largest: int, numbers: dict[str, int]) -> list[tuple[int,
     return found
 
 
-# How pairs become tensors
+# Parts of prompts
 
 
 def _signs(tokenizer: Any, words: Iterable[str]) -> tuple[dict[str, int], list[Piece]]:
@@ -372,15 +292,6 @@ def _signs(tokenizer: Any, words: Iterable[str]) -> tuple[dict[str, int], list[P
     words = list(words)
     joined, apart = single_tokens(tokenizer, words), single_tokens(tokenizer, words, "")
     return (joined, []) if len(joined) >= min(4, len(words)) else (apart, [" "])
-
-
-@dataclass(frozen=True)
-class _Pair:
-    clean: list[Piece]
-    corrupted: list[Piece]
-    right: int
-    wrong: int
-    choices: list[int] | None = None
 
 
 def _fill(scene: str, words: Sequence[tuple[str, str]]) -> list[Piece]:
@@ -397,63 +308,3 @@ def _plain(pieces: Sequence[Piece]) -> str:
 
 def _enough(what: str, found: Any, need: int) -> None:
     require(len(found) >= need, "tokenizer", f"{len(found)} {what} that are single tokens", f"at least {need}")
-
-
-def _encoded(tokenizer: Any, pieces: Sequence[Piece]) -> tuple[str, list[int], dict[str, list[int]]]:
-    """Text, ids, and which tokens hold characters of which span (a token that joins a space to a word counts)."""
-    text, spans = "", []
-    for piece in pieces:
-        word, name = (piece, "") if isinstance(piece, str) else piece
-        if name:
-            lead = len(word) - len(word.lstrip())
-            spans.append((name, len(text) + lead, len(text) + len(word)))
-        text += word
-    out = tokenizer(text, return_offsets_mapping=True)
-    places: dict[str, list[int]] = {}
-    for name, begin, end in spans:
-        inside = [i for i, (first, last) in enumerate(out["offset_mapping"]) if first < end and last > begin]
-        places[name] = places.get(name, []) + inside
-    return text, out["input_ids"], places
-
-
-def _batch(tokenizer: Any, make: Callable[[], _Pair], count: int, labels: int = 0) -> PairBatch:
-    require_int("count", count, 1)
-    require(
-        getattr(tokenizer, "is_fast", False),
-        "tokenizer",
-        type(tokenizer).__name__,
-        "a fast tokenizer (one that gives character offsets)",
-    )
-    kept: list[tuple[_Pair, Any, Any]] = []
-    for _ in range(20 * count):
-        pair = make()
-        clean, corrupted = _encoded(tokenizer, pair.clean), _encoded(tokenizer, pair.corrupted)
-        if len(clean[1]) == len(corrupted[1]):
-            kept.append((pair, clean, corrupted))
-        if len(kept) == count:
-            break
-    require(len(kept) == count, "tokenizer", f"{len(kept)} pairs that line up token by token", f"{count}")
-    longest = max(len(clean[1]) for _, clean, _ in kept)
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    ids = torch.full((2, count, longest), pad, dtype=torch.int64)
-    mask = torch.zeros(count, longest, dtype=torch.int64)
-    names = sorted({name for _, clean, _ in kept for name in clean[2]})
-    spans = {name: torch.zeros(count, longest, dtype=torch.bool) for name in names}
-    for row, (_, clean, corrupted) in enumerate(kept):
-        shift = longest - len(clean[1])
-        ids[0, row, shift:], ids[1, row, shift:] = torch.tensor(clean[1]), torch.tensor(corrupted[1])
-        mask[row, shift:] = 1
-        for name, places in clean[2].items():
-            spans[name][row, [shift + place for place in places]] = True
-    pairs = [pair for pair, _, _ in kept]
-    where = torch.stack([spans[f"label {i}"].int().argmax(1) for i in range(labels)], 1) if labels else None
-    return PairBatch(
-        {"input_ids": ids[0], "attention_mask": mask},
-        {"input_ids": ids[1], "attention_mask": mask.clone()},
-        torch.tensor([pair.right for pair in pairs]),
-        torch.tensor([pair.wrong for pair in pairs]),
-        torch.tensor([pair.choices for pair in pairs]) if pairs[0].choices else None,
-        spans,
-        [(clean[0], corrupted[0]) for _, clean, corrupted in kept],
-        where,
-    )

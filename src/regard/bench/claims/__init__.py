@@ -25,6 +25,7 @@ MODULES = {
     "020": "c020_seer_attention",
     "021": "c021_sea",
     "023": "c023_dare",
+    "025": "c025_vit_heads",
     "026": "c026_neighborhood",
     "030": "c030_hyper_attention",
     "032": "c032_look_m",
@@ -35,6 +36,7 @@ MODULES = {
     "042": "c042_s2_attention",
     "057": "c057_sca_pause",
     "051": "c051_transnormer_llm",
+    "049": "c049_titans",
     "058": "c058_selective_attention",
     "062": "c062_mqsa_ted",
     "066": "c066_mote",
@@ -72,6 +74,7 @@ MODULES = {
     "168": "c168_flash_attention",
     "175": "c175_arithmetic_heads",
     "178": "c178_ocw",
+    "176": "c176_letter_heads",
     "180": "c180_rat",
     "181": "c181_dma",
     "182": "c182_icl_multihead",
@@ -86,6 +89,7 @@ MODULES = {
     "177": "c177_attention_influence",
     "188": "c188_pgi",
     "189": "c189_largepig",
+    "091": "c091_half_explanation",
     "190": "c190_querybandits",
 }
 """Paper id -> module of this package."""

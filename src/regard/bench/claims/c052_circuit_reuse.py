@@ -8,7 +8,9 @@ from ...integrations.transformers import attach
 from ...lens.head_scores import HeadScores
 from ...lens.patch_effects import path_effects, total_effects
 from ...methods.edits import SetAttention
-from ...testbeds.circuits import PairBatch, colored_objects, indirect_object
+from ...testbeds.circuits import colored_objects, indirect_object
+from ...testbeds.pairs import PairBatch
+from .circuit_models import answered, circuit_model
 from .claim import Outcome, Scale
 
 PAPER, SLUG = "052", "circuit-reuse"
@@ -19,15 +21,7 @@ SAYS = (
 COUNT = 14  # 5 % of the 270 heads, a step of the circuit
 
 
-def _answered(batch: PairBatch, model: object, most: int) -> PairBatch:
-    """Pairs in which the right answer beats the wrong one."""
-    import torch
-
-    margin = batch.logit_difference()(batch.logits(model), torch.arange(len(batch)))
-    return batch.rows((margin > 0).nonzero()[:most, 0])
-
-
-def _circuit(model: object, batch: PairBatch, count: int) -> tuple[HeadScores, HeadScores]:
+def _circuit(model: object, batch: PairBatch) -> tuple[HeadScores, HeadScores]:
     """Path effects on the logits, and on the queries of the three heads that matter most there."""
     metric = batch.logit_difference()
     movers = path_effects(model, batch.clean, batch.corrupted, metric, progress=False)
@@ -39,11 +33,11 @@ def _circuit(model: object, batch: PairBatch, count: int) -> tuple[HeadScores, H
 
 
 def measure(scale: Scale) -> Outcome:
-    model, tokenizer = scale.language_model()
+    model, tokenizer = circuit_model(scale)
     pairs, asked = scale.pick((8, 48), (2, 4))
-    ioi = _answered(indirect_object(tokenizer, 4 * pairs), model, pairs)
-    colors = _answered(colored_objects(tokenizer, 8 * pairs), model, pairs)
-    found = {name: _circuit(model, batch, COUNT) for name, batch in (("names", ioi), ("colours", colors))}
+    ioi = answered(scale, model, indirect_object(tokenizer, 4 * pairs), pairs, "pair")
+    colors = answered(scale, model, colored_objects(tokenizer, 8 * pairs), pairs, "pair")
+    found = {name: _circuit(model, batch) for name, batch in (("names", ioi), ("colours", colors))}
     movers, senders = zip(found["names"], found["colours"])
     heads = movers[0].scores.numel()
     count = min(COUNT, heads // 4)
@@ -59,8 +53,8 @@ def measure(scale: Scale) -> Outcome:
     out.add("random heads", f"share of the best {count} heads that both tasks have", "", [chance, chance])
 
     test = colored_objects(tokenizer, asked, seed=1)
-    repair = senders[0].top(4)
-    draws = [senders[0].random(4, exclude=whole[0], seed=seed) for seed in range(3)]
+    repair = senders[0].top(min(4, count))
+    draws = [senders[0].random(4, exclude=repair, seed=seed) for seed in range(3)]
     plain = test.accuracy(model, among_choices=True)
     out.add("untouched", "accuracy among the three colours", "", plain)
 

@@ -90,11 +90,9 @@ def _judge(out: Outcome, before: list[float]) -> None:
         "perplexity after LoRA, Hedgehog's of the softmax model's with the same LoRA",
         perplexity(HEDGEHOG, tuned) / perplexity(BEFORE, tuned), at_most=1.06, digits=3,
     )  # fmt: skip
-    out.note = (
-        f"Perplexities: softmax {_mean(before):.1f}, with LoRA {perplexity(BEFORE, tuned):.1f}; after transfer "
-        f"Hedgehog {perplexity(HEDGEHOG, taught):.1f}, learned 1 + elu {perplexity(ELU, taught):.1f}, "
-        f"plain 1 + elu {perplexity(PLAIN, taught):.3g}; with LoRA {perplexity(HEDGEHOG, tuned):.1f}, {perplexity(ELU, tuned):.1f} and {perplexity(PLAIN, tuned):.3g}. "
-    )
+    found = {label: [perplexity(label, stage) for stage in (taught, tuned)] for label in (HEDGEHOG, ELU, PLAIN)}
+    out.note = f"Perplexities: softmax {_mean(before):.1f}, with LoRA {perplexity(BEFORE, tuned):.1f}; after transfer, then LoRA: "
+    out.note += ", ".join(f"{label} {one:.4g} and {two:.4g}" for label, (one, two) in found.items()) + ". "
 
 
 def _teach(model: nn.Module, learn: list[Tensor], steps: int, file: Path | None) -> dict[str, nn.ModuleDict]:

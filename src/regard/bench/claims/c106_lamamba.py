@@ -23,7 +23,7 @@ SAYS = (
     "raster order, and the cost grows as the number of tokens does, where full attention grows faster."
 )
 FLOPS, LOSS, SIZE = "multiplications and additions, times 4 in tokens", "denoising loss", "parameters"
-WIDTH = 32
+WIDTH = 16
 
 
 class _Denoiser(nn.Module):
@@ -59,10 +59,10 @@ class _Denoiser(nn.Module):
 
 
 def measure(scale: Scale) -> Outcome:
-    steps, seeds, sides = scale.pick((220, 2, (16, 32, 64)), (3, 1, (8, 16)))
+    steps, seeds, sides = scale.pick((200, 2, (16, 32, 64)), (3, 1, (8, 16)))
     out = Outcome(
         f"networks of 16 channels on maps of side {', '.join(map(str, sides))}, counted; noise prediction on 8 x 8 digits, "
-        f"{WIDTH} channels, 4 blocks of both or 6 of one (with an MLP), {steps} steps of 64",
+        f"{WIDTH} channels, 4 blocks of both or 6 of one (with an MLP), {steps} steps of 32",
         repeats="seed; for the count, from one side to the next",
     )
     for label, options in (
@@ -87,7 +87,7 @@ def measure(scale: Scale) -> Outcome:
 
             def batch(number: int, seed: int = seed) -> Tensor:
                 return images[
-                    torch.randint(len(images), (64,), generator=torch.Generator().manual_seed(1000 * seed + number))
+                    torch.randint(len(images), (32,), generator=torch.Generator().manual_seed(1000 * seed + number))
                 ]
 
             train(model, batch, steps=steps, loss=lambda m, x: _loss(m, x), lr=2e-3, seed=seed, progress=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...integrations.agent_diffusion import AgentDiffusion
 from ...ops.agent import agent_attention
 from ...ops.attention import attention
 from .claim import Outcome, Scale
@@ -15,7 +17,7 @@ from .timing import slope, times
 PAPER, SLUG = "115", "agent-attention"
 SAYS = (
     "Agent attention: with a fixed number of agents the cost grows linearly with the number of tokens, where softmax attention's "
-    "is quadratic."
+    "is quadratic; put into a diffusion model with merged tokens, it is faster than merging alone."
 )
 
 
@@ -48,7 +50,50 @@ def measure(scale: Scale) -> Outcome:
             at_most=0.5,
             spread=row.spread,
         )
+    _diffusion(out, scale)
     return out
+
+
+def _diffusion(out: Outcome, scale: Scale) -> None:
+    """A U-Net of Stable Diffusion's kind with random weights: as it is, with tokens merged, and with agents at the same ratio."""
+    from diffusers import UNet2DConditionModel
+
+    side, width = scale.pick((64, 64), (16, 16))
+    torch.manual_seed(0)
+    ends = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    unet: Any = UNet2DConditionModel(
+        sample_size=side, layers_per_block=1, block_out_channels=(width, width), norm_num_groups=8, down_block_types=ends[0],
+        up_block_types=ends[1], cross_attention_dim=32, attention_head_dim=8, mid_block_type=None,
+    )  # fmt: skip
+    unet.eval()
+    given = torch.randn(2, 4, side, side), 10, torch.randn(2, 8, 32)
+
+    def run(ratio: float | None, agents: float | None) -> Tensor:
+        if ratio is None:
+            return unet(*given).sample
+        with AgentDiffusion(unet, ratio, agents, (4, 4), random=False):
+            return unet(*given).sample
+
+    figure, base, drift = f"time of a forward, {side} x {side} latents", "U-Net", "distance from the U-Net's output"
+    ways = {base: (None, None), "40 % of the tokens merged": (0.4, None), "and 5 % as agents": (0.4, 0.95)}
+    found = times(
+        {name: partial(run, *way) for name, way in ways.items()}, rounds=scale.pick(3, 1), inner=scale.pick(2, 1)
+    )
+    with torch.no_grad():
+        made = {name: run(*way) for name, way in ways.items()}
+    for name in ways:
+        out.add(name, figure, "s", found[name], against=None if name == base else base)
+        out.add(name, drift, "share of its norm", float((made[name] - made[base]).norm() / made[base].norm()))
+    merged, agents = (out.row(name, figure) for name in list(ways)[1:])
+    lead = [one / other for one, other in zip(agents.values, merged.values)]
+    half = (max(lead) - min(lead)) / 2
+    out.check(
+        "U-Net with merging and agents: time over that of merging alone",
+        sum(lead) / len(lead),
+        at_most=1.0,
+        spread=half,
+    )
+    out.check("over that of the U-Net", agents.ratio or float("nan"), at_most=1.0, spread=agents.spread)
 
 
 def _agents(q: Tensor, k: Tensor, v: Tensor, side: int, pool: int) -> Tensor:

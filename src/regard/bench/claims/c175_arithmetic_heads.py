@@ -15,35 +15,36 @@ from ...lens.attention_mass import span_mass
 from ...losses.head_slices import precise_sft
 from ...methods.edits import MaskHeads
 from ...testbeds.circuits import arithmetic
+from .circuit_models import answered, circuit_model
 from .claim import Outcome, Scale
 
 PAPER, SLUG = "175", "arithmetic-heads"
 SAYS = (
-    "Arithmetic heads: fewer than 5 % of the heads do the calculating and look at operands and operator; without them (and not without as many "
-    "others) sums fail; tuning them alone gives most of what full tuning gives and leaves other abilities alone."
+    "Arithmetic heads: fewer than 5 % of the heads do the calculating and look at operands and operator; without them (not without as "
+    "many others) sums fail; tuning them alone gives most of what full tuning gives and leaves other abilities alone."
 )
 ACCURACY, TEXT = "accuracy on held-out differences", "loss on prose"
 Sample = tuple[str, str]
 
 
 def measure(scale: Scale) -> Outcome:
-    model, tokenizer = scale.language_model()
-    prompts, asked, steps = scale.pick((16, 40, 16), (2, 4, 1))
-    batch = arithmetic(tokenizer, 2 * prompts, form=0).solved(model)
-    batch = batch.rows(range(min(prompts, len(batch))))
-    effect = arithmetic_heads(model, batch.clean, batch.corrupted, batch.right, progress=False)
+    model, tokenizer = circuit_model(scale)
+    prompts, asked, steps = scale.pick((16, 40, 60), (2, 4, 1))
+    batch = answered(scale, model, arithmetic(tokenizer, 2 * prompts, form=0), prompts)
+    least = scale.pick(0.1, 0.0)
+    effect = arithmetic_heads(model, batch.clean, batch.corrupted, batch.right, min_probability=least, progress=False)
     key = effect.top(0.05, largest=False)
     lost = (-effect.scores).clamp(min=0)
     share = float(sum(lost[head] for head in key) / lost.sum())
     out = Outcome(
-        f"{effect.scores.numel()} heads, one-digit sums after two examples ({len(batch)} answered right); tuning on one-digit differences, {steps} "
-        "steps of 8",
+        f"{effect.scores.numel()} heads, one-digit sums after two examples ({len(batch)} answered right); tuning on one-digit "
+        f"differences, {steps} steps of 8",
         "draw",
     )
     out.add(f"the {len(key)} key heads", "share of all effect", "", share)
 
     mass = span_mass(model, batch.clean, batch.spans, queries=["last"], keys=["a", "b", "operation"])
-    looks = sum(mass.between("last", name).scores for name in ("a", "b", "operation"))
+    looks = torch.stack([mass.between("last", name).scores for name in ("a", "b", "operation")]).sum(0)
     at_key, at_all = float(torch.stack([looks[head] for head in key]).mean()), float(looks.mean())
     out.add("all heads", "attention of the last token on operands and operator", "", at_all)
     out.add("key heads", "attention of the last token on operands and operator", "", at_key, against="all heads")
@@ -70,7 +71,7 @@ def measure(scale: Scale) -> Outcome:
     after: dict[str, tuple[float, float]] = {"untouched": before}
     for name, heads, mlps, lr in (
         ("key heads tuned", key, [], 1e-3),
-        ("all tuned", every, range(effect.num_layers), 5e-5),
+        ("all tuned", every, range(effect.num_layers), 1e-4),
     ):
         own = copy.deepcopy(model)
         tuned = precise_sft(own, tokenizer, learn, heads, mlps=mlps, steps=steps, lr=lr, progress=False)
@@ -87,18 +88,15 @@ def measure(scale: Scale) -> Outcome:
     out.check("their attention on operands and operator, beside all heads'", at_key / at_all, at_least=1.5)
     out.check("accuracy lost with key heads knocked out", plain - gone, at_least=0.2)
     out.check("with as many random heads (mean of 3 draws)", plain - mean, at_most=max(0.0, (plain - gone) / 2))
-    out.check("accuracy gained by tuning key heads, as a share of full tuning's", _share(gains), at_least=0.5)
+    out.check("accuracy gained by tuning key heads", gains["key heads tuned"], at_least=0.1)
+    more = gains["key heads tuned"] - gains["all tuned"] / 2
+    out.check("the same, less half of what full tuning gains", more, at_least=0.0)
     out.check(
         "loss on prose moved by it, less what full tuning moves, nats",
         moved["key heads tuned"] - moved["all tuned"],
         at_most=0.0,
     )
     return out
-
-
-def _share(gains: dict[str, float]) -> float:
-    whole = gains["all tuned"]
-    return gains["key heads tuned"] / whole if whole > 0 else float("nan")
 
 
 def _differences() -> tuple[list[Sample], list[Sample]]:

@@ -27,7 +27,7 @@ def measure(scale: Scale) -> Outcome:
     model, tokenizer = scale.language_model()
     hay = NeedleHaystack(lengths=scale.pick((256,), (220,)), depths=scale.pick((20, 60), (50,)))
     heads = retrieval_heads(model, tokenizer, hay, decode="forced").top(scale.pick(10, 3))
-    cases = _cases()[: scale.pick(24, 2)]
+    cases = _cases()[: scale.pick(16, 2)]
     out = Outcome(
         f"{len(cases)} questions, each on facts about three clients; {len(heads)} retrieval heads", "a question"
     )

@@ -27,7 +27,7 @@ def softmax_layers(model: nn.Module) -> tuple[list[int], int, int, int]:
     Raises `UnsupportedModelError` for a model without softmax attention, or with layers of another kind (state space, linear
     attention, convolution) that a conversion knows nothing of. Layers with a sliding window of their own are left out.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     name = type(model).__name__
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)

@@ -58,7 +58,7 @@ class Linearized(Method):
 
     def pair(self, layer: int) -> MapPair | None:
         """The maps of a layer, or None."""
-        return self.maps.get(str(layer))  # type: ignore[union-attr, return-value]
+        return self.maps.get(str(layer))  # type: ignore[union-attr, return-value, operator]
 
     def check(self, model: nn.Module) -> None:
         layers, heads, kv_heads, head_dim = softmax_layers(model)

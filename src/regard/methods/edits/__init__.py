@@ -8,6 +8,8 @@ _TABLE = {
     "emphasis_exponent": ".emphasize",
     "MaskHeads": ".mask_heads",
     "SetAttention": ".set_attention",
+    "ProjectHead": ".project_head",
+    "HeadSubspace": ".project_head",
     "QueryNormHeads": ".query_norm_heads",
     "ACT": ".act",
     "MoTE": ".mote",

@@ -121,16 +121,23 @@ class Emphasize(Method):
         times = self._times(call)
         if self.alpha == 1 or times == 0 or (heads is not None and not len(heads)):
             return
+        # layers of a forward that are treated alike share one bias
+        kept = {} if call.session is None else call.session.last
+        name = f"{self._name(call)} {call.kv_len} {call.key_offset} {times} {heads}"
+        if name not in kept:
+            kept[name] = self._bias(call, times, heads)
+        call.add_bias(kept[name])
+
+    def _bias(self, call: AttentionCall, times: int, heads: Sequence[int] | None) -> Tensor:
         exponent = self._exponent(call)
         if call.q.dtype == torch.float64:
             exponent = exponent.double()
         bias = (exponent * (times * math.log(self.alpha)))[:, None, None]
-        if heads is not None:
-            numbers = torch.tensor(call._head_numbers(heads), device=bias.device)
-            bias = bias.new_zeros(bias.shape[0], call.num_heads, 1, bias.shape[3]).index_copy(
-                1, numbers, bias.expand(-1, len(numbers), -1, -1)
-            )
-        call.add_bias(bias)
+        if heads is None:
+            return bias
+        numbers = torch.tensor(call._head_numbers(heads), device=bias.device)
+        every = bias.new_zeros(bias.shape[0], call.num_heads, 1, bias.shape[3])
+        return every.index_copy(1, numbers, bias.expand(-1, len(numbers), -1, -1))
 
     def _times(self, call: AttentionCall) -> int:
         """How many layers have written into the mask by now."""
@@ -141,11 +148,18 @@ class Emphasize(Method):
     def _exponent(self, call: AttentionCall) -> Tensor:
         """(B, M) over the keys of this call: 0 for what came after the prompt. Over the prompt it is made once a forward."""
         kept = {} if call.session is None else call.session.last
-        name = f"emphasis {id(self)}"
+        name = self._name(call)
         if name not in kept:
             kept[name] = self._over_prompt(call)
         exponent: Tensor = kept[name][:, call.key_offset : call.key_offset + call.kv_len]
         return torch.nn.functional.pad(exponent, (0, call.kv_len - exponent.shape[1]))
+
+    def _name(self, call: AttentionCall) -> str:
+        """Under which a forward keeps what was made for it."""
+        given = (
+            [id(self.span)] if isinstance(self.span, Tensor) else [id(call.session.spans[name]) for name in self.span]
+        )
+        return f"emphasis {id(self)} {given} {call.batch}"
 
     def _over_prompt(self, call: AttentionCall) -> Tensor:
         if isinstance(self.span, Tensor):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..._checks import bad_type, require, require_int, require_tensor
+from ..._checks import bad_type, require, require_int, require_shape, require_tensor
 from ...ops import masks
 from ...ops.attention import attention
 from ...ops.state.linear_scan import linear_scan
@@ -56,7 +56,7 @@ class GatedMLPMixer(nn.Module):
         y = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         if not return_state:
             return y
-        seen = torch.tensor(0) if state is None else state
+        seen = torch.tensor(0) if state is None else require_tensor("state", state, dims=0)
         return y, seen + x.shape[1]
 
 
@@ -120,6 +120,9 @@ class CumulativeScoreAttention(nn.Module):
         v = rearrange(self.v_proj(x), "b n (h d) -> b h n d", h=self.num_heads).to(score.dtype)
         if state is not None and not isinstance(state, CumulativeState):
             raise bad_type("state", state, "a CumulativeState")
+        if state is not None:
+            require_shape("state.largest", state.largest, score.shape[:2])
+            require_shape("state.mean", state.mean, (*score.shape[:2], v.shape[3]))
         if state is None:
             first = score.new_full(score.shape[:2], -torch.inf)
             state = CumulativeState(first, torch.zeros_like(first), torch.zeros_like(v[:, :, :0].sum(2)))
@@ -217,6 +220,7 @@ class FixedMapAttention(nn.Module):
         if state is not None:
             if not isinstance(state, FixedMapState):
                 raise bad_type("state", state, "a FixedMapState")
+            require_shape("state.v", state.v, (*v.shape[:2], None, v.shape[3]))
             v = torch.cat((state.v, v), dim=2)
         q, k = self._maps(self._source(source, v.shape[2], len(x)))
         q, k = (t.expand(len(x), -1, -1, -1) for t in (q, k))

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._checks import bad_type, require, require_int, require_name, require_tensor
+from ..._checks import bad_type, require, require_int, require_name, require_shape, require_tensor
 from ...ops.dynamic_mask import SELECTS, dynamic_mask_attention
 from .rotary import rotary_table, rotate
 
@@ -177,7 +177,7 @@ class DynamicMaskAttention(nn.Module):
             if not isinstance(state, DynamicMaskState):
                 raise bad_type("state", state, "a DynamicMaskState")
             require(self.causal, "state", "a state", "a causal layer")
-            require(state.k.shape[0] == x.shape[0], "state", f"batch {state.k.shape[0]}", f"x's batch {x.shape[0]}")
+            require_shape("state.k", state.k, (x.shape[0], self.num_kv_heads, None, self.head_dim))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, keep={self.keep}, form={self.form!r}"

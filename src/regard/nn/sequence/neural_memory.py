@@ -112,8 +112,9 @@ class NeuralMemory(nn.Module):
         return MemoryState(NeuralMemoryState.start(list(self.first), batch), None)
 
     def recall(self, x: Tensor, memory: NeuralMemoryState) -> Tensor:
-        """What is stored under x (B, N, dim), taken for queries as they are but for their length, normed: (B, N, dim). Stores nothing."""
-        q = F.normalize(rearrange(x, "b n (h d) -> b h n d", h=self.num_heads), dim=-1)
+        """What a memory holds under x (B, N, dim), asked by the layer's queries without their convolution: (B, N, dim), normed."""
+        asked = F.silu(F.linear(x, self.qkv_proj.weight[: self.dim]))
+        q = F.normalize(rearrange(asked, "b n (h d) -> b h n d", h=self.num_heads), dim=-1)
         return rearrange(self.norm(memory_read(memory.weights, q, self.activation)), "b h n d -> b n (h d)").to(x.dtype)
 
     def forward(self, x: Tensor, *, state: MemoryState | None = None, return_state: bool = False) -> Any:
@@ -122,6 +123,11 @@ class NeuralMemory(nn.Module):
         require(x.shape[2] == self.dim, "x", f"shape {tuple(x.shape)}", f"(B, N, {self.dim})")
         if state is not None and not isinstance(state, MemoryState):
             raise bad_type("state", state, "a MemoryState")
+        if state is not None:
+            need = f"those of a batch of {x.shape[0]} in this layer"
+            shapes = [tuple(weight.shape) for weight in state.memory.weights]
+            fits = shapes == [(x.shape[0], *weight.shape) for weight in self.first]
+            require(fits, "state.memory", f"weights {shapes}", need)
         state = self.start(x.shape[0]) if state is None else state
         qkv, tail = self.qkv_proj(x), None
         if self.conv is not None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._checks import bad_type, require, require_int, require_tensor
+from ..._checks import bad_type, require, require_int, require_shape, require_tensor
 from ...ops.state.linear_scan import linear_scan
 
 __all__ = ["QLSTM", "QLSTMState"]
@@ -85,6 +85,9 @@ class QLSTM(nn.Module):
         require(x.shape[2] == self.dim, "x", f"shape {tuple(x.shape)}", f"(B, N, {self.dim})")
         if state is not None and not isinstance(state, QLSTMState):
             raise bad_type("state", state, "a QLSTMState")
+        if state is not None:
+            require_shape("state.h", state.h, (x.shape[0], self.hidden))
+            require_shape("state.before", state.before, (x.shape[0], self.kernel_size - 1, self.hidden))
         if not x.shape[1]:
             zero = x.new_zeros(x.shape[0], self.hidden)
             empty = (

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..._checks import bad_type, require, require_int, require_tensor
+from ..._checks import bad_type, require, require_int, require_shape, require_tensor
 from ...ops.chunk_recurrence import ChunkRecurrentState, chunk_recurrent_attention
 from ...ops.state.linear_scan import linear_scan
 from .rotary import rotary_table, rotate
@@ -150,6 +150,8 @@ class GatedRecurrence(nn.Module):
         require(x.shape[2] == self.dim, "x", f"shape {tuple(x.shape)}", f"(B, N, {self.dim})")
         if state is not None and not isinstance(state, GatedRecurrenceState):
             raise bad_type("state", state, "a GatedRecurrenceState")
+        if state is not None:
+            require_shape("state.h", state.h, (len(x), self.dim))
         if not x.shape[1]:
             kept = GatedRecurrenceState(x.new_zeros(len(x), self.dim)) if state is None else state
             return (x, kept) if return_state else x

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._checks import require, require_int, require_name, require_tensor
+from ..._checks import bad_type, require, require_int, require_name, require_shape, require_tensor
 from ...ops.attention import attention
 from ...ops.groups import gather_groups, group_attention, scatter_groups
 from ...ops.kmeans import balanced_clusters
@@ -213,7 +213,10 @@ class RoutingAttention(nn.Module):
         require(self.causal, "causal", False, "True to decode")
         new = self._qkv(x)
         if state is not None:
-            require(state.q.shape[0] == x.shape[0], "state", f"batch {state.q.shape[0]}", f"x's batch {x.shape[0]}")
+            if not isinstance(state, RoutingState):
+                raise bad_type("state", state, "a RoutingState")
+            for name, old, fresh in zip(RoutingState._fields, state, new):
+                require_shape(f"state.{name}", old, (*fresh.shape[:2], None, fresh.shape[3]))
             new = tuple(torch.cat([old, fresh], dim=2) for old, fresh in zip(state, new))  # type: ignore[assignment]
         state = RoutingState(*new)
         outs = []

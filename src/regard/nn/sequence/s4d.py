@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._checks import require, require_int
+from ..._checks import require, require_int, require_shape
 from .pattern_attention import PatternAttention
 
 __all__ = ["S4D"]
@@ -94,13 +94,7 @@ class S4D(PatternAttention):
         length = x.shape[1]
         if state is not None or return_state:
             state = self.initial_state(x.shape[0]) if state is None else state
-            need = f"({x.shape[0]}, {self.dim}, {self.w_imag.shape[1]})"
-            require(
-                state.shape == (x.shape[0], self.dim, self.w_imag.shape[1]),
-                "state",
-                f"shape {tuple(state.shape)}",
-                need,
-            )
+            require_shape("state", state, (x.shape[0], self.dim, self.w_imag.shape[1]))
             outs = []
             for token in (x if keys is None else x * keys[..., None].to(x.dtype)).unbind(1):
                 out, state = self.step(token, state)

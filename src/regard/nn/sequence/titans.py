@@ -5,7 +5,7 @@ caller's, and the block around a mixer here (`regard.models.TitansLM`). Chosen w
 
 - MAC: its equations let the tokens of a segment see what was recalled for later tokens of it, and the memory after the whole segment.
   Here token i of a segment sees what was recalled for tokens 0 to i, and the memory as token i leaves it: nothing looks ahead. The memory
-  stores attention's outputs at the segment's own places.
+  stores attention's outputs at the segment's own places; they have a residual ("in all blocks"), so that a token's own content is in them.
 - The gate: RMSNorm of both sides (the learned vectors), then one times SiLU of the other; a linear map follows.
 - Persistent tokens have no rotary position, so that they look the same from everywhere.
 """
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..._checks import bad_type, require, require_int, require_tensor
+from ..._checks import bad_type, require, require_int, require_shape, require_tensor
 from ...ops import masks
 from ...ops.attention import attention
 from ...ops.reference import merge_lse
@@ -100,8 +100,8 @@ class _Titans(nn.Module):
         if state is not None:
             if not isinstance(state, TitansState):
                 raise bad_type("state", state, "a TitansState")
-            rows = state.near[0].shape[0]
-            require(rows == x.shape[0], "state", f"{rows} rows", f"{x.shape[0]}, those of x")
+            for near in state.near:
+                require_shape("state.near", near, (x.shape[0], self.num_heads, None, self.dim // self.num_heads))
         y, state = self._mix(x, state)
         y = self.out_proj(y)
         return (y, state) if return_state else y
@@ -149,8 +149,8 @@ class _Titans(nn.Module):
 class TitansMAC(_Titans):
     """Memory as context: each token attends to the persistent tokens, what the memory recalls, and its segment. (B, N, dim) -> the same.
 
-    For a segment, h = M(W x) at the memory as the segment before left it; y = attention of the segment to [persistent, h, segment], causal;
-    y is stored in the memory; the output is y gated by what the memory then says to y.
+    For a segment, h = M(W x) at the memory as the segment before left it; y = x + attention of the segment to [persistent, h, segment],
+    causal; y is stored in the memory; the output is y gated by what the memory then says to y.
 
     Args:
         segment: tokens of a segment. The others: `dim`, `num_heads`, `persistent`, `memory_heads`, `rope_base` (positions within a
@@ -160,7 +160,6 @@ class TitansMAC(_Titans):
     def __init__(self, dim: int, num_heads: int, *, segment: int = 32, **options: Any) -> None:
         super().__init__(dim, num_heads, **options)
         self.segment = require_int("segment", segment, 1)
-        self.recall_proj = nn.Linear(dim, dim, bias=False)
 
     def _mix(self, x: Tensor, state: TitansState | None) -> tuple[Tensor, TitansState]:
         if state is None:
@@ -180,7 +179,7 @@ class TitansMAC(_Titans):
         assert state.recalled is not None
         frozen = state.frozen if begun and state.frozen is not None else state.memory.memory
         near, recalled = (state.near, state.recalled) if begun else (self._nothing(x), self._nothing(x))
-        h = self.memory.recall(self.recall_proj(x), frozen)
+        h = self.memory.recall(x, frozen)
         q, *own = self._project(x, begun)
         _, *from_memory = self._project(h, begun)
         near = (torch.cat((near[0], own[0]), dim=2), torch.cat((near[1], own[1]), dim=2))
@@ -190,7 +189,7 @@ class TitansMAC(_Titans):
         row = torch.arange(begun, count, device=x.device)[:, None]
         sees = torch.arange(count, device=x.device) <= row
         sees = torch.cat((sees.new_ones(len(row), fixed[0].shape[2]), sees, sees), dim=1)
-        y = rearrange(attention(q, k, v, mask=masks.dense(sees)), "b h n d -> b n (h d)").to(x.dtype)
+        y = x + rearrange(attention(q, k, v, mask=masks.dense(sees)), "b h n d -> b n (h d)").to(x.dtype)
         said, memory = self.memory(y, state=state.memory, return_state=True)
         return self._merge(y, said), TitansState(memory, state.position + x.shape[1], near, recalled, frozen)
 

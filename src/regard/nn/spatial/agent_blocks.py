@@ -1,8 +1,8 @@
 """Transformer blocks around agent attention: DeiT / PVT / Swin in one, and CSwin's two stripes.
 
 Agent Attention: On the Integration of Softmax and Linear Attention (Han et al., 2023, arXiv 2312.08874). Code read for numbers:
-LeapLabTHU/Agent-Attention, `agent_transformer/models/agent_{deit,swin,pvt,cswin}.py` (no licence: numbers only). The blocks of
-the same files with plain attention (`attn_type="B"`) are not here.
+LeapLabTHU/Agent-Attention, `agent_transformer/models/agent_{deit,swin,pvt,cswin}.py` (no licence: numbers only). Blocks with plain
+attention (`attn_type="B"`): `softmax_block.py` for DeiT and PVT, `InLineBlock(linear=False)` for Swin, `agent_num=None` here for CSwin.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..._checks import require, require_int, require_tensor
 from ...ops.agent import agent_attention
+from ...ops.attention import attention
 from ..layers import drop_samples
 from .agent_attention import AgentAttention, AgentBias, agent_grid_of, rename_agent_attention
 from .block_parts import Mlp, WindowedBlock
@@ -87,7 +88,7 @@ class AgentStripeAttention(nn.Module):
     """Agent attention within stripes of a grid, on given q, k, v (one branch of CSwin; no projections).
 
     Args:
-        dim, num_heads, grid, agent_num, scale, attn_drop: as in `AgentAttention`.
+        dim, num_heads, grid, agent_num, scale, attn_drop: as in `AgentAttention`; `agent_num=None` is CSwin's own softmax attention.
         stripe: (height, width) of a stripe; must divide the grid. CSwin: (grid height, s), (s, grid width), or the whole grid.
 
     Shapes: `forward(q, k, v)`, each (B, height * width, dim), rows first -> the same.
@@ -99,7 +100,7 @@ class AgentStripeAttention(nn.Module):
         num_heads: int,
         grid: int | Grid,
         stripe: Grid,
-        agent_num: int | Grid = 49,
+        agent_num: int | Grid | None = 49,
         *,
         scale: float | None = None,
         attn_drop: float = 0.0,
@@ -114,8 +115,10 @@ class AgentStripeAttention(nn.Module):
         require(0.0 <= attn_drop < 1.0, "attn_drop", attn_drop, "a probability in [0, 1)")
         self.attn_drop = attn_drop
         self.scale = (dim // num_heads) ** -0.5 if scale is None else float(scale)
-        self.agent_grid = agent_grid_of(agent_num)
-        self.bias = AgentBias(num_heads, self.agent_grid, self.stripe, self.stripe)
+        self.agent_grid = None if agent_num is None else agent_grid_of(agent_num)
+        self.bias = None
+        if self.agent_grid is not None:
+            self.bias = AgentBias(num_heads, self.agent_grid, self.stripe, self.stripe)
         self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     @staticmethod
@@ -131,21 +134,21 @@ class AgentStripeAttention(nn.Module):
             require(fits, name, f"shape {tuple(tensor.shape)}", f"(B, {need[0]}, {need[1]}) for grid {self.grid}")
         q, k, v = (to_windows(part.unflatten(1, self.grid), self.stripe) for part in (q, k, v))
         images = [part.transpose(1, 2).unflatten(2, self.stripe) for part in (q, v)]
-        agents = F.adaptive_avg_pool2d(images[0], self.agent_grid).flatten(2).transpose(1, 2)
-        bias1, bias2 = self.bias()
-        q, k, v, agents = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (q, k, v, agents))
-        out = agent_attention(
-            q,
-            k,
-            v,
-            agents,
-            bias1=bias1,
-            bias2=bias2,
-            scale=self.scale,
-            dropout=self.attn_drop if self.training else 0.0,
-        )
+        q, k, v = (self._heads(part) for part in (q, k, v))
+        dropout = self.attn_drop if self.training else 0.0
+        if self.bias is None or self.agent_grid is None:
+            out = attention(q, k, v, scale=self.scale, dropout=dropout)
+        else:
+            agents = F.adaptive_avg_pool2d(images[0], self.agent_grid).flatten(2).transpose(1, 2)
+            bias1, bias2 = self.bias()
+            out = agent_attention(
+                q, k, v, self._heads(agents), bias1=bias1, bias2=bias2, scale=self.scale, dropout=dropout
+            )
         out = out.transpose(1, 2).flatten(2) + self.local(images[1]).flatten(2).transpose(1, 2)
         return from_windows(out, self.stripe, self.grid).flatten(1, 2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, grid={self.grid}, stripe={self.stripe}"
@@ -159,7 +162,7 @@ class AgentCSWinBlock(nn.Module):
         grid: (height, width) of the token grid, or an int.
         split_size: width of a stripe. Where it is the whole side of a square grid, or with `last_stage`, there is one branch over
             the whole grid instead of two.
-        agent_num, qkv_bias, drop, attn_drop, drop_path, mlp_ratio, norm_eps: as in `AgentBlock`.
+        agent_num, qkv_bias, drop, attn_drop, drop_path, mlp_ratio, norm_eps: as in `AgentBlock`; `agent_num=None`: softmax (CSwin).
 
     Shapes: `forward(x (B, height * width, dim)) -> ` the same.
     """
@@ -170,7 +173,7 @@ class AgentCSWinBlock(nn.Module):
         num_heads: int,
         grid: int | Grid,
         split_size: int = 7,
-        agent_num: int | Grid = 49,
+        agent_num: int | Grid | None = 49,
         *,
         last_stage: bool = False,
         mlp_ratio: float = 4.0,

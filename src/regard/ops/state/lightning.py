@@ -28,6 +28,7 @@ def lightning_attention(
     form: str = "auto",
     chunk_size: int | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LinearState]:
     """o_t = sum_(j <= t) exp(-slope (t - j)) (q_t . k_j) v_j.
@@ -48,5 +49,5 @@ def lightning_attention(
         log_decay = -slope
     return linear_attention(
         q, k, v, log_decay=log_decay, state=state, return_state=return_state,
-        form=form, chunk_size=chunk_size, lengths=lengths, backend=backend,
+        form=form, chunk_size=chunk_size, lengths=lengths, cu_seqlens=cu_seqlens, backend=backend,
     )  # fmt: skip

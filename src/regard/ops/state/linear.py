@@ -22,6 +22,7 @@ from .parallel import everything, parallel_causal
 from .recurrent import recurrent
 from .reference import linear_attention_reference
 from .tensors import accumulate_dtype, expand_heads, no_autocast
+from .varlen import packed_linear_attention
 
 FORMS = ("auto", "parallel", "chunk", "recurrent")
 BACKENDS = ("auto", "eager", "torch", "triton")
@@ -51,6 +52,7 @@ def linear_attention(
     form: str = "auto",
     chunk_size: int | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, LinearState]:
@@ -74,6 +76,9 @@ def linear_attention(
     chunk_size: tokens per chunk; None picks what is fast on this device.
     lengths: (B,) integers, valid keys per sequence, counted from the left; the rest is padding, reaches no output and
         no state, and (when causal) its own output rows are zero. The state is the one after the last valid token.
+    cu_seqlens: (S + 1,) integers: S sequences are packed into one row, B = 1, sequence s in the tokens cu_seqlens[s] to
+        cu_seqlens[s + 1] - 1. Each is on its own: `state` has one for each, (S, H, D, Dv), and so has the returned one.
+        Not together with `lengths`. Decoding goes on from that state with S rows of one token.
     backend: "auto", "torch", "triton" (CUDA; chunk form with no or a fixed decay), "eager" (the specification, slow).
         `linear_attention_backend` tells what "auto" takes.
 
@@ -90,6 +95,13 @@ def linear_attention(
     for name, number in (("scale", scale), ("eps", eps)):
         if isinstance(number, bool) or not isinstance(number, (int, float, type(None))):
             raise bad_type(name, number, "a number")
+    if cu_seqlens is not None:
+        require(lengths is None, "lengths", "numbers", "None beside cu_seqlens: packed sequences have no padding")
+        out, after = packed_linear_attention(
+            q, k, v, cu_seqlens, log_decay, state, feature_map=feature_map, normalize=normalize, causal=causal, scale=scale, form=form,
+            chunk_size=chunk_size, backend=backend, eps=eps,
+        )  # fmt: skip
+        return (out, after) if return_state else out
     choice = linear_attention_backend(
         q, k, v, log_decay=log_decay, causal=causal, form=form, chunk_size=chunk_size, backend=backend
     )

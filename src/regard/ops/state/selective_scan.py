@@ -6,6 +6,7 @@ Gu and Dao 2023 (arXiv 2312.00752), as the reference function of LaMamba-Diff (y
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def selective_scan(
     initial: Tensor | None = None,
     return_state: bool = False,
     form: str = "auto",
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> Any:
     """h_t = exp(delta_t a) h_(t-1) + delta_t b_t u_t, y_t = c_t . h_t + d u_t, each channel on its own: (B, N, C).
 
@@ -40,8 +41,9 @@ def selective_scan(
         b, c: (B, N, S), or (B, N, G, S) for G groups of C / G channels that follow one another. d: (C,), or None.
         initial: (B, C, S), the state before the first step; None: zeros. return_state: also give the state after the last step, float32 for
             half types: (y, (B, C, S)).
-        form: "recurrent", N steps, the definition; "parallel", log2(N) rounds on whole tensors; "chunk", chunks of `chunk_size` step by
-            step side by side, then joined; "auto": recurrent up to `chunk_size` tokens, else chunk. Equal up to rounding, differentiable.
+        form: "recurrent", N steps, the definition; "parallel", log2(N) rounds on whole tensors; "chunk", all chunks side by side step by
+            step, then joined; "auto": chunk from 16 tokens on, else recurrent. Equal up to rounding, differentiable.
+        chunk_size: tokens of a chunk; default the square root of N, which makes the fewest steps.
 
     Half types are computed in float32.
     """
@@ -53,11 +55,11 @@ def selective_scan(
     require(a.dim() == 2 and a.shape[0] == channels, "a", f"shape {tuple(a.shape)}", f"({channels}, S)")
     size = a.shape[1]
     require_name("form", form, FORMS)
-    require_int("chunk_size", chunk_size, 1)
+    chunk = math.isqrt(max(length - 1, 0)) + 1 if chunk_size is None else require_int("chunk_size", chunk_size, 1)
     wide = torch.promote_types(u.dtype, torch.float32)
     drive, readout = (_by_channel(name, part, u, size).to(wide) for name, part in (("b", b), ("c", c)))
     x, step = u.to(wide), delta.to(wide)
-    keep = (step[..., None] * a.to(wide)).exp()
+    log_keep = step[..., None] * a.to(wide)
     push = (step * x)[..., None] * drive
     start = None
     if initial is not None:
@@ -65,12 +67,11 @@ def selective_scan(
         require(tuple(initial.shape) == need, "initial", f"shape {tuple(initial.shape)}", f"{need}")
         start = initial.to(wide)
     if form == "auto":
-        form = "recurrent" if length <= chunk_size else "chunk"
-    h = (
-        _chunked(keep, push, start, chunk_size)
-        if form == "chunk" and length
-        else linear_scan(keep, push, start, form=_plain(form))
-    )
+        form = "recurrent" if length < 16 else "chunk"
+    if form == "chunk" and length:
+        h = _chunked(log_keep, push, start, chunk)
+    else:
+        h = linear_scan(log_keep.exp(), push, start, form="parallel" if form == "parallel" else "recurrent")
     y = (h * readout).sum(-1)
     if d is not None:
         require(tuple(d.shape) == (channels,), "d", f"shape {tuple(d.shape)}", f"({channels},)")
@@ -83,10 +84,6 @@ def selective_scan(
     return y, h[:, -1]
 
 
-def _plain(form: str) -> str:
-    return "recurrent" if form == "chunk" else form
-
-
 def _by_channel(name: str, part: Tensor, u: Tensor, size: int) -> Tensor:
     """(B, N, S) or (B, N, G, S) -> (B, N, 1 or C, S)."""
     batch, length, channels = u.shape
@@ -97,14 +94,13 @@ def _by_channel(name: str, part: Tensor, u: Tensor, size: int) -> Tensor:
     return grouped if grouped.shape[2] == 1 else grouped.repeat_interleave(channels // grouped.shape[2], dim=2)
 
 
-def _chunked(keep: Tensor, push: Tensor, start: Tensor | None, chunk: int) -> Tensor:
+def _chunked(log_keep: Tensor, push: Tensor, start: Tensor | None, chunk: int) -> Tensor:
     """All states (B, N, C, S): within chunks step by step, all chunks at once; then the state before each chunk is added."""
-    length = keep.shape[1]
+    length = push.shape[1]
     missing = -length % chunk
-    keep = F.pad(keep, (0, 0, 0, 0, 0, missing), value=1.0).unflatten(1, (-1, chunk))
-    push = F.pad(push, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, chunk))
-    inner = linear_scan(keep, push, dim=2, form="recurrent")
-    reach = keep.cumprod(2)
+    log_keep, push = (F.pad(t, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, chunk)) for t in (log_keep, push))
+    inner = linear_scan(log_keep.exp(), push, dim=2, form="recurrent")
+    reach = log_keep.cumsum(2).exp()
     ends = linear_scan(reach[:, :, -1], inner[:, :, -1], start, form="recurrent")
     first = torch.zeros_like(ends[:, :1]) if start is None else start[:, None]
     before = torch.cat((first, ends[:, :-1]), dim=1)
