@@ -68,6 +68,7 @@ _TABLE = {
     "ZeroTuning": ".methods.edits.zero_tuning",
     "MaskHeads": ".methods.edits.mask_heads",
     "SetAttention": ".methods.edits.set_attention",
+    "PatchHeads": ".methods.edits.patch_heads",
     "ProjectHead": ".methods.edits.project_head",
     "QueryNormHeads": ".methods.edits.query_norm_heads",
     "ACT": ".methods.edits.act",

@@ -50,14 +50,14 @@ def test_no_pause_is_the_model_itself_and_a_pause_is_its_vector():
 
 
 def test_only_the_pause_learns(tmp_path):
-    model, tokenizer = tiny_llama(), CharTokenizer()
+    model, tokenizer = tiny_llama(initializer_range=0.4), CharTokenizer()  # attention that is not all but uniform
     before = {name: value.clone() for name, value in model.state_dict().items()}
     samples = [("what is this, and that thing?", " ab"), ("where do we go, so late?", " ab")]
     pause, fitted = fit_pause(
         model, tokenizer, samples, k=2, steps=30, batch=2, lr=0.1, progress=False, out=tmp_path / "p.safetensors"
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert fitted.losses[-1] < fitted.losses[0] - 0.05
+    assert sum(fitted.losses[-5:]) < sum(fitted.losses[:5]) - 0.25
     assert not torch.allclose(pause.vector, model.get_input_embeddings().weight.mean(0))
     assert (tmp_path / "p.safetensors").is_file()
     with pytest.raises(ValueError, match="samples"):

@@ -106,7 +106,12 @@ def test_learned_scores_are_the_sinks_of_gpt_oss():
 
 def test_weights_are_those_of_the_forward_pass():
     x = tokens()
-    for options in ({"similarity": "sigmoid", "normalize": "none"}, {"kernel": "taylor"}, {"slot": "kv"}, {"window": 3}):
+    for options in (
+        {"similarity": "sigmoid", "normalize": "none"},
+        {"kernel": "taylor"},
+        {"slot": "kv"},
+        {"window": 3},
+    ):
         layer = layer_of(**options)
         v = layer._project(x)[2].repeat_interleave(2, 1)
         weights = layer.attention_weights(x, normalized=False, slots=True)

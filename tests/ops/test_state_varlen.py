@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from regard.nn import LightningAttention
 from regard.nn.mixers import build_mixer, can_decode, decode_mixer, mixer_names
 from regard.ops.state import LinearState, lightning_attention, linear_attention, linear_attention_decode, linear_scan
 
@@ -178,6 +179,36 @@ def test_a_padded_batch_is_not_packed():
         linear_scan(torch.ones(2, 5, 3), torch.ones(2, 5, 3), torch.ones(2, 3), cu_seqlens=torch.tensor([0, 2, 5]))
     with pytest.raises(ValueError, match="cu_seqlens"):
         linear_scan(torch.ones(2, 5, 3), torch.ones(2, 5, 3), cu_seqlens=torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "transnormer", "lrpe": True}])
+def test_a_layer_on_packed_sequences(options):
+    """Outputs, the state to decode from, and a second packed piece are those of each sequence alone."""
+    torch.manual_seed(0)
+    layer, lengths, more = LightningAttention(16, 4, **options).double().eval(), (5, 1, 8), (2, 3, 1)
+    rows = [torch.randn(1, a + b + 1, 16).double() for a, b in zip(lengths, more)]
+    want = [layer(row)[0] for row in rows]
+
+    def packed(first, last):
+        bounds = torch.tensor([0, *(torch.tensor(last) - torch.tensor(first)).cumsum(0).tolist()])
+        return torch.cat([row[:, a:b] for row, a, b in zip(rows, first, last)], 1), bounds
+
+    ends = [a + b for a, b in zip(lengths, more)]
+    x, bounds = packed((0, 0, 0), lengths)
+    y, state = layer(x, cu_seqlens=bounds, return_state=True)
+    torch.testing.assert_close(y[0], torch.cat([w[:n] for w, n in zip(want, lengths)]))
+    x, bounds = packed(lengths, ends)
+    y, state = layer(x, cu_seqlens=bounds, state=state, return_state=True)
+    torch.testing.assert_close(y[0], torch.cat([w[a:b] for w, a, b in zip(want, lengths, ends)]))
+    assert state.position.tolist() == ends
+    y = layer(torch.cat([row[:, -1:] for row in rows]), state=state)
+    torch.testing.assert_close(y[:, 0], torch.stack([w[-1] for w in want]))
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        layer(x, cu_seqlens=bounds, lengths=torch.tensor([3]))
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        layer(x, cu_seqlens=bounds, padding_mask=torch.ones(1, x.shape[1]))
+    with pytest.raises(ValueError, match="state"):
+        layer(x, cu_seqlens=torch.tensor([0, x.shape[1]]), state=state)
 
 
 DECODING = [name for name in mixer_names(True) if can_decode(build_mixer(name, 32, 4, causal=True, max_len=64))]

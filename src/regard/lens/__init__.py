@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:  # names that a file of this package has too: what they mean to a type checker
-    from .attention_indicators import attention_indicators as attention_indicators
     from .arithmetic_heads import arithmetic_heads as arithmetic_heads
+    from .attention_indicators import attention_indicators as attention_indicators
     from .attention_influence import attention_influence as attention_influence
     from .attention_patterns import attention_patterns as attention_patterns
     from .context_dependency import context_dependency as context_dependency
@@ -97,6 +97,7 @@ _TABLE = {
     "misdirection": ".misdirection",
     "Record": ".record",
     "Patcher": ".patching",
+    "head_outputs": ".patching",
     "letter_heads": ".letter_heads",
     "head_subspace": ".letter_heads",
     "value_weighted_attention": ".letter_heads",

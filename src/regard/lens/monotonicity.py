@@ -38,7 +38,7 @@ def monotonicity(scores: Tensor, weights: Tensor, mask: Tensor | None = None) ->
     count = seen.sum(-1, keepdim=True).double()
 
     def centred(x: Tensor) -> Tensor:
-        order = x.double().masked_fill(~seen, torch.inf).sort(-1, stable=True).indices  # unseen keys rank last
+        order = x.double().masked_fill(~seen, torch.inf).sort(dim=-1, stable=True).indices  # unseen keys rank last
         rank = order.argsort(-1).double()
         return (rank - (count - 1) / 2).masked_fill(~seen, 0)
 

@@ -25,7 +25,7 @@ from ..integrations.anatomy import Block, blocks
 from ..integrations.transformers import attach
 from ..methods.call import AttentionCall, Method, UnsupportedModelError
 
-__all__ = ["PARTS", "Change", "Patcher", "padded_ids"]
+__all__ = ["PARTS", "Change", "Patcher", "head_outputs", "padded_ids"]
 
 PARTS = ("head", "attn", "mlp", "resid", "q", "k", "v")
 _HEADED = ("head", "q", "k", "v")
@@ -395,6 +395,14 @@ class Patcher:
                 keys.to(self.device).repeat(copies, 1, 1, 1), values.to(self.device).repeat(copies, 1, 1, 1), layer
             )
         return cache
+
+
+def head_outputs(
+    model: Any, inputs: Tensor | Mapping[str, Tensor], positions: int | Sequence[int] | None = None
+) -> Tensor:
+    """What every head gives to its output projection, (L, B, H, P, Dv), at some tokens of the prompts (None: all)."""
+    patcher = Patcher(model, inputs, inputs, positions=positions)
+    return torch.stack([patcher.donor["head", layer] for layer in range(patcher.num_layers)])
 
 
 def padded_ids(name: str, given: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:

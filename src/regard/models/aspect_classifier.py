@@ -53,13 +53,14 @@ class AspectClassifier(nn.Module):
     ) -> None:
         super().__init__()
         require_int("num_classes", num_classes, 2)
-        self.pad_id, self.embedding, self.encoder = pad_id, None, None
+        self.pad_id, self.embedding = pad_id, None
+        self.encoder: nn.Module | None = None
         if isinstance(encoder, str):
             require_name("encoder", encoder, (*RECURRENT, "none"))
             if vocab_size is not None:
                 self.embedding = nn.Embedding(require_int("vocab_size", vocab_size, 1), embed_dim, padding_idx=pad_id)
-            self.encoder = None if encoder == "none" else RecurrentEncoder(embed_dim, hidden, encoder)
-            self.dim = embed_dim if self.encoder is None else self.encoder.dim
+            made = None if encoder == "none" else RecurrentEncoder(embed_dim, hidden, encoder)
+            self.encoder, self.dim = made, embed_dim if made is None else made.dim
         else:
             self.encoder = encoder
             width = getattr(getattr(encoder, "config", None), "hidden_size", None) if dim is None else dim

@@ -366,11 +366,11 @@ def _rows(source: str | Path, text: str, label: str) -> Iterator[Any]:
             for file in sorted(folder.rglob("*.txt")):
                 yield {text: file.read_text(encoding="utf-8", errors="replace"), label: folder.name}
     elif path.is_file() and path.suffix in (".csv", ".tsv"):
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        with path.open(encoding="utf-8", errors="replace", newline="") as stream:
+            yield from csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
     elif path.is_file() and path.suffix == ".jsonl":
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from (_parsed(line) for line in file if line.strip())
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            yield from (_parsed(line) for line in stream if line.strip())
     elif path.is_file() and path.suffix == ".json":
         listed = _parsed(path.read_text(encoding="utf-8", errors="replace"))
         require(isinstance(listed, list), "source", str(path), "a JSON list of objects")

@@ -47,7 +47,7 @@ def measure(scale: Scale) -> Outcome:
     for number in range(count):
         ids = tokenizer(text[(2 * number + 1) * 2000 :][: 12 * length], add_special_tokens=False)["input_ids"][:length]
         found = saliency(model, {"input_ids": torch.tensor([ids])}, magnitude=True, of="log_prob")
-        thirds = share_of_thirds(found)[0].tolist()
+        thirds = share_of_thirds(found[:, 1:])[0].tolist()  # the first token is a sink, whatever it says
         middles.append(thirds[1])
         rest.append((thirds[0] + thirds[2]) / 2)
     out.add("mean of first and last third", "share of gradient x input", "share", rest)

@@ -29,7 +29,7 @@ Sample = tuple[str, str]
 
 def measure(scale: Scale) -> Outcome:
     model, tokenizer = circuit_model(scale)
-    prompts, asked, steps = scale.pick((16, 40, 60), (2, 4, 1))
+    prompts, asked, steps = scale.pick((16, 40, 40), (2, 4, 1))
     batch = answered(scale, model, arithmetic(tokenizer, 2 * prompts, form=0), prompts)
     least = scale.pick(0.1, 0.0)
     effect = arithmetic_heads(model, batch.clean, batch.corrupted, batch.right, min_probability=least, progress=False)
@@ -37,8 +37,8 @@ def measure(scale: Scale) -> Outcome:
     lost = (-effect.scores).clamp(min=0)
     share = float(sum(lost[head] for head in key) / lost.sum())
     out = Outcome(
-        f"{effect.scores.numel()} heads, one-digit sums after two examples ({len(batch)} answered right); tuning on one-digit "
-        f"differences, {steps} steps of 8",
+        f"{effect.scores.numel()} heads, one-digit sums after two examples ({len(batch)} answered right); tuning on differences "
+        f"of numbers up to 39, {steps} steps of 8",
         "draw",
     )
     out.add(f"the {len(key)} key heads", "share of all effect", "", share)
@@ -100,13 +100,12 @@ def measure(scale: Scale) -> Outcome:
 
 
 def _differences() -> tuple[list[Sample], list[Sample]]:
-    """One-digit differences in two forms; a third of the problems are held out."""
-    problems = [(a, b) for a in range(1, 10) for b in range(1, a + 1)]
+    """Differences of numbers up to 39 whose answer is one digit; a sixth of the problems are held out."""
+    problems = [(a, b) for a in range(1, 40) for b in range(max(0, a - 9), a + 1)]
     random.Random(0).shuffle(problems)
-    made = [[(f"{a} - {b} = ", str(a - b)), (f"{a} minus {b} is ", str(a - b))] for a, b in problems]
-    learn, held = made[:30], made[30:]
-    samples = [sample for forms in learn for sample in forms]
-    return samples, [sample for forms in held for sample in forms]
+    samples = [(f"{a} - {b} = ", str(a - b)) for a, b in problems]
+    held = len(samples) // 6
+    return samples[held:], samples[:held]
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def measure(scale: Scale) -> Outcome:
     kept = three[1] / max(plain[1], 1e-9) - three[0] / max(plain[0], 1e-9)
     out.check("the same with random letters, less that", kept, at_most=0.0)
     out.note = (
-        "The letter stands behind its word here, as this model answers few questions in the usual form; the heads found are then a kind of "
-        "induction heads."
+        "The letter stands behind its word here, as this model answers few questions in the usual form. The heads found are then a "
+        "kind of induction heads: their queries carry the word asked for, one of 36, for which three dimensions are few."
     )
     return out

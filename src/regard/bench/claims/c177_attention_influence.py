@@ -62,8 +62,14 @@ def shuffled(text: str, number: int) -> str:
 
 def measure(scale: Scale) -> Outcome:
     model, tokenizer = scale.language_model()
-    count = scale.pick(12, 6)
-    probes = KeyValueProbes(count=scale.pick(6, 1), max_tokens=scale.pick(512, 300), shots=scale.pick(3, 1), key_len=16)
+    count = scale.pick(12, 3)
+    probes = KeyValueProbes(
+        count=scale.pick(6, 1),
+        max_tokens=scale.pick(512, 900),
+        shots=scale.pick(3, 1),
+        key_len=scale.pick(16, 6),
+        value_tokens=scale.pick(30, 80),
+    )
     heads, table = influence_heads(model, tokenizer, probes)
     texts = {"reasoning": [reasoning(i) for i in range(count)]}
     texts["the same, words shuffled"] = [shuffled(text, i) for i, text in enumerate(texts["reasoning"])]

@@ -25,7 +25,7 @@ _MASKED, _PLAIN, _BASE = "thoughts masked", "thoughts learned", "answers alone, 
 def measure(scale: Scale) -> Outcome:
     base, steps, dim, seeds = scale.pick((11, 700, 64, 2), (5, 3, 16, 1))
     out = Outcome(
-        f"sums of two numbers modulo {base}, each with none to two thoughts, of which the first is one too high 4 times in 5 and the second "
+        f"sums of two numbers modulo {base}, with none to two thoughts each, of which the first is one too high 4 times in 5 and the second "
         f"every other time; two layers of width {dim} trained from nothing for {steps} steps",
         "seed",
     )

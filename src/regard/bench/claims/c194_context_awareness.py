@@ -37,6 +37,8 @@ KNOWN = (
 
 def measure(scale: Scale) -> Outcome:
     model, tokenizer = scale.language_model()
+    if getattr(tokenizer, "chat_template", None) is None:
+        tokenizer = _Templated(tokenizer)
     alphas = scale.pick((1.0, 0.9, 0.8, 0.6), (1.0, 0.6))
     needles = [(needle, depth) for needle in NEEDLES for depth in (0.3, 0.7)][: scale.pick(6, 2)]
     words = scale.pick(300, 40)
@@ -48,7 +50,7 @@ def measure(scale: Scale) -> Outcome:
         lead = needle.text[: needle.text.index(needle.answer)].strip()  # the answer begins with the needle's own words
         chat = chat_spans(tokenizer, [{"role": "user", "content": text}])
         answered = _with_lead(tokenizer, chat, lead)
-        begin = tokenizer.bos_token or "\n"  # takes the sink, as the template's first token does
+        begin = getattr(tokenizer, "bos_token", None) or "\n"  # takes the sink, as the template's first token does
         plain = text_spans(tokenizer, f"{begin}{text}\n{lead}", {"user": text}, add_special_tokens=False)
         mass.setdefault("without the template", []).append(_mass(model, plain))
         target = tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -81,8 +83,29 @@ def measure(scale: Scale) -> Outcome:
     return out
 
 
+class _Templated:
+    """A tokenizer without a chat template, with a plain one."""
+
+    chat_template = "plain"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tokenizer(*args, **kwargs)
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], tokenize: bool = False, add_generation_prompt: bool = False
+    ) -> str:
+        said = "".join(f"[{message['role']}] {message['content']}\n" for message in messages)
+        return f"{said}[assistant] " if add_generation_prompt else said
+
+
 def _haystack(needle: Any, depth: float, words: int) -> str:
-    sentences = haystack_text().split(". ")
+    sentences = [sentence for sentence in haystack_text().split(". ") if sentence.isascii()]
     kept: list[str] = []
     size = 0
     while size < words:

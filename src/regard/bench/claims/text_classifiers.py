@@ -17,7 +17,8 @@ from ...testbeds.training import train
 
 __all__ = ["Task", "plain_loss", "read", "trained"]
 
-Loss = Callable[[AttentionClassifier, TextBatch], Tensor]
+Loss = Callable[[Any, Any], Tensor]
+"""(AttentionClassifier, TextBatch) -> scalar."""
 
 
 @dataclass(frozen=True)

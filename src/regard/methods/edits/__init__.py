@@ -8,6 +8,7 @@ _TABLE = {
     "emphasis_exponent": ".emphasize",
     "MaskHeads": ".mask_heads",
     "SetAttention": ".set_attention",
+    "PatchHeads": ".patch_heads",
     "ProjectHead": ".project_head",
     "HeadSubspace": ".project_head",
     "QueryNormHeads": ".query_norm_heads",

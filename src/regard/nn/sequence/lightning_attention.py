@@ -25,6 +25,7 @@ from ..._checks import bad_type, require, require_int, require_name, require_ten
 from ...ops.state.decay import layer_log_decay
 from ...ops.state.linear import linear_attention
 from ...ops.state.linear_state import LinearState
+from ...ops.state.varlen import check_cu_seqlens
 from ..layers import rename_keys
 
 __all__ = ["LightningAttention", "LightningState", "LinearizedRelativePosition", "SimpleRMSNorm"]
@@ -80,10 +81,12 @@ class LinearizedRelativePosition(nn.Module):
         self.theta = nn.Parameter(10000 ** (-2 / count * torch.arange(count)).reshape(num_heads, 1, head_dim))
 
     def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
-        """offset: position of the first token, one for the batch or (B,) integers."""
+        """offset: position of the first token, one for the batch or (B,) integers; or (B, N), added to each token's place in the row."""
         wide = torch.promote_types(x.dtype, torch.float32)  # a half type cannot even count to 2049
         position = torch.arange(x.shape[2], device=x.device)
-        position = position + (offset.to(x.device)[:, None, None] if isinstance(offset, Tensor) else offset)
+        if isinstance(offset, Tensor):
+            offset = offset.to(x.device).reshape(offset.shape[0], 1, -1)
+        position = position + offset
         angle = self.theta.to(wide) * position.to(wide)[..., None]
         return torch.cat([x * angle.cos().to(x.dtype), x * angle.sin().to(x.dtype)], dim=-1)
 
@@ -176,6 +179,7 @@ class LightningAttention(nn.Module):
         return_state: bool = False,
         lengths: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         form: str = "auto",
         chunk_size: int | None = None,
         backend: str = "auto",
@@ -187,6 +191,8 @@ class LightningAttention(nn.Module):
             and it leaves no trace in the state (nor does the state's memory fade over it).
         padding_mask: (B, N), nonzero for tokens, as the authors have it and as left-padded batches need: values of padded
             tokens are zero, the memory goes on fading. Not together with `lengths`.
+        cu_seqlens: (S + 1,) bounds of S sequences packed into x (1, N, dim), each on its own; the state then has one row a sequence, from
+            which S rows of one token decode. Not together with `lengths` or `padding_mask`.
         form, chunk_size, backend: as `linear_attention`.
         """
         self._check(x, state, lengths, padding_mask)
@@ -200,19 +206,33 @@ class LightningAttention(nn.Module):
         if self.variant == "released":
             v = self.activation(v)
         position = 0 if state is None else state.position
+        seen: int | Tensor = x.shape[1] if lengths is None else lengths
+        places = position
+        if cu_seqlens is not None:
+            require(
+                lengths is None and padding_mask is None,
+                "cu_seqlens",
+                "given with padding",
+                "packed or padded input, not both",
+            )
+            bounds = torch.tensor(check_cu_seqlens(cu_seqlens, x.shape[1]), device=x.device)
+            seen = bounds.diff()
+            past = position.to(x.device) if isinstance(position, Tensor) else torch.full_like(seen, position)
+            require(len(past) == len(seen), "state", f"{len(past)} sequences", f"{len(seen)}, those of cu_seqlens")
+            places = (past - bounds[:-1]).repeat_interleave(seen)[None]
         if self.lrpe is not None:
-            q, k = self.lrpe(q, position), self.lrpe(k, position)
+            q, k = self.lrpe(q, places), self.lrpe(k, places)
         if padding_mask is not None:
             v = v.masked_fill(~padding_mask.bool()[:, None, :, None], 0)
         out = linear_attention(
             q, k, v, log_decay=self.log_decay, state=None if state is None else state.memory, return_state=return_state,
-            lengths=lengths, form=form, chunk_size=chunk_size, backend=backend,
+            lengths=lengths, cu_seqlens=cu_seqlens, form=form, chunk_size=chunk_size, backend=backend,
         )  # fmt: skip
         mixed, memory = out if isinstance(out, tuple) else (out, None)
         y = self.o_proj(self.norm(rearrange(mixed, "b h n d -> b n (h d)")) * gate)
         if memory is None:
             return y
-        return y, LightningState(memory, position + (x.shape[1] if lengths is None else lengths))
+        return y, LightningState(memory, (position.to(x.device) if isinstance(position, Tensor) else position) + seen)
 
     def _check(
         self, x: Tensor, state: LightningState | None, lengths: Tensor | None, padding_mask: Tensor | None

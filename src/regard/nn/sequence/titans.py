@@ -5,7 +5,8 @@ caller's, and the block around a mixer here (`regard.models.TitansLM`). Chosen w
 
 - MAC: its equations let the tokens of a segment see what was recalled for later tokens of it, and the memory after the whole segment.
   Here token i of a segment sees what was recalled for tokens 0 to i, and the memory as token i leaves it: nothing looks ahead. The memory
-  stores attention's outputs at the segment's own places; they have a residual ("in all blocks"), so that a token's own content is in them.
+  stores attention's outputs at the segment's own places, with a residual ("in all blocks") so that a token's own content is in them; the
+  gate takes attention's outputs without it. (With the residual in the gate too, small models here hardly learned to recall.)
 - The gate: RMSNorm of both sides (the learned vectors), then one times SiLU of the other; a linear map follows.
 - Persistent tokens have no rotary position, so that they look the same from everywhere.
 """
@@ -149,8 +150,8 @@ class _Titans(nn.Module):
 class TitansMAC(_Titans):
     """Memory as context: each token attends to the persistent tokens, what the memory recalls, and its segment. (B, N, dim) -> the same.
 
-    For a segment, h = M(W x) at the memory as the segment before left it; y = x + attention of the segment to [persistent, h, segment],
-    causal; y is stored in the memory; the output is y gated by what the memory then says to y.
+    For a segment, h = M(W x) at the memory as the segment before left it; a = attention of the segment to [persistent, h, segment],
+    causal; y = x + a is stored in the memory; the output is a gated by what the memory then says to y.
 
     Args:
         segment: tokens of a segment. The others: `dim`, `num_heads`, `persistent`, `memory_heads`, `rope_base` (positions within a
@@ -189,9 +190,10 @@ class TitansMAC(_Titans):
         row = torch.arange(begun, count, device=x.device)[:, None]
         sees = torch.arange(count, device=x.device) <= row
         sees = torch.cat((sees.new_ones(len(row), fixed[0].shape[2]), sees, sees), dim=1)
-        y = x + rearrange(attention(q, k, v, mask=masks.dense(sees)), "b h n d -> b n (h d)").to(x.dtype)
+        attended = rearrange(attention(q, k, v, mask=masks.dense(sees)), "b h n d -> b n (h d)").to(x.dtype)
+        y = x + attended
         said, memory = self.memory(y, state=state.memory, return_state=True)
-        return self._merge(y, said), TitansState(memory, state.position + x.shape[1], near, recalled, frozen)
+        return self._merge(attended, said), TitansState(memory, state.position + x.shape[1], near, recalled, frozen)
 
 
 class TitansMAG(_Titans):
