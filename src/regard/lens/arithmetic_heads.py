@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .._checks import require, require_fraction, require_tensor
-from .answer_metrics import AnswerProbability
 from .head_scores import HeadScores
+from .logit_metrics import AnswerProbability
 from .patch_effects import path_effects
 from .patch_work import Inputs, ids_and_mask, some_rows
 from .patching import Patcher

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .._checks import bad_value, require, require_int
 from .._console import console
 
 
@@ -42,6 +41,7 @@ def influence(
     fresh: Annotated[bool, typer.Option(help="Score again what an earlier run has scored.")] = False,
 ) -> None:
     """Rank documents by AttentionInfluence; a run that was stopped goes on where it was."""
+    from .._checks import require, require_int
     from .._files import require_writable, write_whole
     from .corpus_files import CorpusReport, rank_corpus
 
@@ -98,6 +98,8 @@ def influence(
 
 
 def _shard(text: str) -> tuple[int, int]:
+    from .._checks import bad_value
+
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise bad_value("shard", text, "I/N with 0 <= I < N")

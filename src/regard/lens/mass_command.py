@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .._checks import bad_value
 from .._console import console
 
 
@@ -61,6 +60,8 @@ def mass(
 
 
 def _parts(given: list[str]) -> dict[str, str]:
+    from .._checks import bad_value
+
     parts: dict[str, str] = {}
     for text in given:
         name, sign, piece = text.partition("=")

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from .._checks import bad_value, require, require_name
-from .answer_metrics import Metric
 from .head_scores import Head, HeadScores
 from .logit_attribution import Unembedding, require_plain_stream, writes
+from .logit_metrics import Metric
 from .patch_work import Inputs, PatchWork
 from .patching import Change, Patcher
 

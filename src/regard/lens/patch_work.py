@@ -15,8 +15,8 @@ from torch import Tensor
 from .._checks import bad_value, require, require_int, require_name
 from .._console import console
 from .._files import require_writable, write_whole
-from .answer_metrics import Metric
 from .head_scores import Head, HeadScores
+from .logit_metrics import Metric
 from .patching import Patcher, padded_ids
 
 __all__ = ["Answer", "Inputs", "PatchWork", "ids_and_mask", "some_rows"]

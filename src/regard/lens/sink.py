@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import bad_type, bad_value, require, require_int, require_tensor
+from ..ops.sink_calibration import key_means
 from .head_scores import HeadScores
 from .record import Record
 
@@ -37,10 +38,7 @@ def column_importance(weights: Tensor, slots: int = 0) -> Tensor:
     require_int("slots", slots)
     fits = weights.dim() >= 2 and weights.shape[-2] > 0 and weights.shape[-1] == weights.shape[-2] + slots
     require(fits, "weights", f"shape {tuple(weights.shape)}", f"(..., N, {slots} + N), N >= 1")
-    length = weights.shape[-2]
-    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    seen = torch.arange(length, 0, -1, device=weights.device, dtype=wide.dtype)
-    return wide.sum(-2) / torch.cat((seen.new_full((slots,), length), seen))
+    return key_means(weights)
 
 
 def sink_rate(

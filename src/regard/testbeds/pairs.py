@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import bad_value, require, require_int
-from ..lens.answer_metrics import AnswerCorrect, LabelLoss, LabelMargin, LogitDifference
+from ..lens.logit_metrics import AnswerCorrect, LabelLoss, LabelMargin, LogitDifference
 
 __all__ = ["Pair", "PairBatch", "Piece", "draw_pairs", "encode_pairs", "single_tokens"]
 

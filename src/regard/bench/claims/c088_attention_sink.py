@@ -106,7 +106,9 @@ def _pretrained(out: Outcome, scale: Scale) -> None:
     model, tokenizer = scale.language_model()
     windows = [torch.tensor([ids]) for ids in token_windows(tokenizer, 64, scale.pick(16, 2))]
     generator = torch.Generator().manual_seed(0)
-    noise = [torch.randint(len(tokenizer), ids.shape, generator=generator) for ids in windows]
+    noise = [
+        torch.randint(model.get_input_embeddings().num_embeddings, ids.shape, generator=generator) for ids in windows
+    ]
     torch.manual_seed(0)
     fresh = type(model)(model.config).eval()
     for label, one, texts in ((LM_TEXT, model, windows), (LM_RANDOM, model, noise), (LM_UNTRAINED, fresh, windows)):
