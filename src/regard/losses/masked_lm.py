@@ -186,6 +186,7 @@ class MaskedCollator:
     def _batch(self, rows: list[list[tuple[list[int], list[float]]]]) -> dict[str, Tensor]:
         longest = self.pack or max(sum(len(ids) for ids, _ in row) for row in rows)
         shape = (len(rows), longest)
+        assert self.pad is not None
         made = torch.full(shape, self.pad, dtype=torch.int64)
         owner = torch.full(shape, -1, dtype=torch.int64)  # which sample of its row a token belongs to; -1: padding
         positions, weights = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)

@@ -6,7 +6,12 @@ paper's; the names of the 17 features come from its companion (arXiv 2602.20300)
 there and options here.
 """
 
+from typing import TYPE_CHECKING
+
 from ..._lazy import lazy_exports
+
+if TYPE_CHECKING:  # a name that a file of this package has too: what it means to a type checker
+    from .replay import replay as replay
 
 _TABLE = {
     "BetaThompson": ".policies",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def _cost(out: Outcome, scale: Scale) -> None:
     keys = anchor_prompt([f"src/service{i}/client/settings.py" for i in range(K)], question)
     prompts = {"code": "\n".join([*pieces, question]), "paths": keys}
     given = {label: tokenizer(text, return_tensors="pt")["input_ids"] for label, text in prompts.items()}
-    found = times({label: lambda one=one: model(one) for label, one in given.items()}, rounds=scale.pick(5, 2), inner=1)
+    found = times({label: partial(model, one) for label, one in given.items()}, rounds=scale.pick(5, 2), inner=1)
     for label in prompts:
         against = None if label == "code" else "code"
         out.add(label, LENGTH, "tokens", float(given[label].shape[1]), against)

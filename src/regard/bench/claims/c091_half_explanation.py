@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,11 +58,8 @@ def measure(scale: Scale) -> Outcome:
         assert heat is not None
         noise = torch.rand(heat.shape[1:], generator=drawn)
         for label, order in (("saliency", heat.mean(0)), ("random order", noise)):
-            areas[label].append(
-                deletion_curve(lambda cells, row=row: _accuracy(model, cells, ids[row]), x[row].mT.contiguous(), order)[
-                    1
-                ]
-            )
+            score = partial(_accuracy, model, ids[row])
+            areas[label].append(deletion_curve(score, x[row].mT.contiguous(), order)[1])
     out.add("random order", "accuracy under deletion", "area", areas["random order"])
     out.add("saliency", "accuracy under deletion", "area", areas["saliency"], against="random order")
     mean = lambda label: out.row(label, AGREES).mean  # noqa: E731
@@ -128,6 +126,6 @@ def _trained(steps: int, width: int) -> Any:
 
 
 @torch.no_grad()
-def _accuracy(model: Any, cells: Tensor, ids: Tensor) -> float:
+def _accuracy(model: Any, ids: Tensor, cells: Tensor) -> float:
     made = model(input_features=cells.mT[None], decoder_input_ids=ids[None, :-1]).logits.argmax(-1)[0]
     return float((made == ids[1:]).float().mean())

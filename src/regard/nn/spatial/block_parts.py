@@ -65,7 +65,10 @@ class WindowedBlock(nn.Module):
             becomes that side, without a shift. None: no windows. shift: cells by which the grid is rolled before it is cut.
     """
 
+    norm1: nn.Module
     attn: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
     drop_path: float
 
     def __init__(self, grid: int | Grid, window: int | Grid | None, shift: int, cls_tokens: int) -> None:
