@@ -40,3 +40,36 @@ def test_digits(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match="scikit-learn"):
         digits()
+
+
+def test_the_real_digits():
+    pytest.importorskip("sklearn")
+    data = digits()
+    assert data.learn.shape == (1438, 1, 8, 8) and len(data.kept) == 359 and set(data.kept_labels.tolist()) == set(range(10))
+
+
+def test_a_data_set_that_datasets_reads(tmp_path, monkeypatch):
+    """The real package, on a local folder."""
+    pytest.importorskip("datasets")
+    from PIL import Image
+
+    from regard.testbeds.images import hub_images
+    from regard.testbeds.texts import ByteText
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, shade in (("dark", 10), ("light", 240)):
+        (tmp_path / "pictures" / "train" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (6, 4), (shade, shade, number)).save(
+                tmp_path / "pictures" / "train" / name / f"{number}.png"
+            )
+    found = hub_images(str(tmp_path / "pictures"), size=8, share=0.34)
+    assert found.learn.shape == (4, 3, 8, 8) and found.kept.shape == (2, 3, 8, 8) and len(found.classes) == 2
+    for image, label in zip(found.learn, found.learn_labels):
+        assert (float(image[0].mean()) > 0.5) == bool(label)
+    assert len(hub_images(str(tmp_path / "pictures"), size=8, limit=3, share=0.0).learn) == 3
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "a.txt").write_text("one line\nanother line\n")
+    assert bytes(ByteText(f"hf:{tmp_path / 'words'}", share=0.0).learn.tolist()) == b"one line\nanother line"
+    with pytest.raises(ValueError, match="columns"):
+        hub_images(str(tmp_path / "words"))

@@ -279,6 +279,26 @@ def frontier(report: Report) -> list[str]:
     return front
 
 
+def _write_labels(axis: Any, places: Mapping[str, tuple[float, float]], size: float = 7.0) -> None:
+    """Each label beside its point, as far down as it must so that no two lie on one another."""
+    taken: list[tuple[float, float, float]] = []
+    scale = 72 / axis.figure.dpi
+    for label, place in sorted(places.items(), key=lambda item: (-item[1][1], item[1][0])):
+        if not math.isfinite(place[1]):
+            continue
+        x, y = (float(value) * scale for value in axis.transData.transform(place))
+        width, drop, right = 0.58 * size * len(label), 0, True
+        while True:
+            left = x + 4 if right else x - 4 - width
+            base = y + 3 - drop
+            if not any(left < end and begin < left + width and abs(base - line) < size for begin, end, line in taken):
+                break
+            drop, right = (drop, False) if right else (drop + 1, True)  # to the left of the point before further down
+        taken.append((left, left + width, base))
+        side = {"xytext": (4, 3 - drop), "ha": "left"} if right else {"xytext": (-4, 3 - drop), "ha": "right"}
+        axis.annotate(label, place, textcoords="offset points", fontsize=size, **side)
+
+
 def picture(report: Report) -> bytes:
     """Recall against state bytes as PNG: hollow points keep every token, the line joins those that no other betters."""
     from matplotlib.figure import Figure
@@ -286,16 +306,10 @@ def picture(report: Report) -> bytes:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
     rows = {label: row for label, row in report["results"].items() if "state_bytes" in row}
-    written: dict[tuple[int, int], int] = {}
-    for label, row in sorted(rows.items(), key=lambda item: item[1]["state_bytes"]):
-        place = (row["state_bytes"], recall_of(row))
+    for row in rows.values():
         color = "C1" if row["holds_all"] else "C0"
-        axis.scatter(*place, s=28, facecolors="none" if row["holds_all"] else color, edgecolors=color, zorder=2)
-        near = (
-            (round(math.log10(max(1, place[0])) / 0.15), round(place[1] / 0.03)) if math.isfinite(place[1]) else (0, 0)
-        )
-        written[near] = written.get(near, 0) + 1  # labels of one place stand below each other
-        axis.annotate(label, place, xytext=(4, 10 - 7 * written[near]), textcoords="offset points", fontsize=7)
+        hollow = "none" if row["holds_all"] else color
+        axis.scatter(row["state_bytes"], recall_of(row), s=28, facecolors=hollow, edgecolors=color, zorder=2)
     front = [rows[label] for label in frontier(report)]
     axis.plot(
         [r["state_bytes"] for r in front], [recall_of(r) for r in front], drawstyle="steps-post", color="0.7", zorder=1
@@ -307,7 +321,10 @@ def picture(report: Report) -> bytes:
         ylabel="recall, mean over key counts",
     )
     axis.grid(alpha=0.25)
+    axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
+    figure.draw_without_rendering()
+    _write_labels(axis, {label: (row["state_bytes"], recall_of(row)) for label, row in rows.items()})
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()

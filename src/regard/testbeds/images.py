@@ -1,16 +1,19 @@
-"""Labelled images to train small vision models on: scikit-learn's digits, or any local folder of class folders."""
+"""Labelled images to train small vision models on: scikit-learn's digits, a local folder of class folders, a Hugging Face data set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import bad_value, require, require_fraction, require_int
+from .texts import hub_rows
 
-__all__ = ["Images", "digits", "image_folder"]
+__all__ = ["Images", "digits", "hub_images", "image_folder"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -81,6 +84,34 @@ def image_folder(path: str | Path, size: int = 32, share: float = 0.2) -> Images
     images = []
     for file, _ in files:
         with Image.open(file) as image:
-            raw = bytearray(image.convert("RGB").resize((size, size)).tobytes())
-        images.append(torch.frombuffer(raw, dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).float() / 255)
+            images.append(_pixels(image, size))
     return Images(torch.stack(images), torch.tensor([number for _, number in files]), classes, share)
+
+
+def hub_images(name: str, size: int = 32, share: float = 0.2, limit: int = 10_000) -> Images:
+    """A Hugging Face data set of images, "NAME", "NAME//CONFIG" or "NAME//CONFIG:SPLIT": RGB, scaled to size x size.
+
+    Its columns "image" (or "img") and "label" (or "fine_label") of at most `limit` rows; NAME may be a local folder that `datasets` reads.
+
+    Raises ValueError where a row has no such columns, or there are no rows; ImportError without the package `datasets`.
+    """
+    require_int("size", size, 1)
+    require_int("limit", limit, 1)
+    images, labels = [], []
+    for row in islice(hub_rows(name), limit):
+        image = next((row[key] for key in ("image", "img") if row.get(key) is not None), None)
+        label = next((row[key] for key in ("label", "fine_label") if row.get(key) is not None), None)
+        if image is None or label is None:
+            raise bad_value("name", f"{name}, with columns {sorted(row)}", "a data set with images and labels")
+        images.append(_pixels(image, size))
+        labels.append(label)
+    if not images:
+        raise bad_value("name", name, "a data set with rows")
+    classes = sorted(set(labels), key=lambda label: (str(type(label)), label))
+    numbers = torch.tensor([classes.index(label) for label in labels])
+    return Images(torch.stack(images), numbers, [str(label) for label in classes], share)
+
+
+def _pixels(image: Any, size: int) -> Tensor:
+    raw = bytearray(image.convert("RGB").resize((size, size)).tobytes())
+    return torch.frombuffer(raw, dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).float() / 255
