@@ -121,7 +121,7 @@ def test_bf16_compile_csv_and_evaluation(tmp_path):
 
 
 RANK = """
-import sys, torch, json
+import os, sys, torch, json
 from regard.models import SmallLM
 from regard.testbeds import tasks
 from regard.testbeds.training import train
@@ -131,7 +131,7 @@ model = SmallLM(32, 16, 2, 2, "linear")
 batches = tasks.batches(tasks.mqar, 4, 16, 2, 32)
 def make(number):
     if number >= stop:
-        sys.exit(7)
+        os._exit(7)  # as a kill does: nothing is cleaned up
     return batches(number)
 made = train(model, make, steps=5, lr=3e-3, accumulate=2, parallel=parallel, progress=False, save_every=2, out=out, log=out + ".jsonl")
 print(json.dumps([made.losses, made.resumed_at, type(model.norm.weight.data).__name__]))
@@ -192,7 +192,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 def test_sharded_over_two_processes_and_killed(tmp_path):
     """FSDP2: the same curve, files that hold whole tensors, and going on from the checkpoint of step 4."""
     codes, said = ranks(tmp_path / "m.safetensors", "fsdp", 4 * 4)
-    assert codes == [7, 7], said
+    assert 0 not in codes and 7 in codes, said  # one may die of the other's death
     codes, said = ranks(tmp_path / "m.safetensors", "fsdp", 10**6)
     assert codes == [0, 0], said
     _, resumed_at, kind = check_two_processes(said, tmp_path)
