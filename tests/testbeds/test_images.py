@@ -45,7 +45,11 @@ def test_digits(monkeypatch):
 def test_the_real_digits():
     pytest.importorskip("sklearn")
     data = digits()
-    assert data.learn.shape == (1438, 1, 8, 8) and len(data.kept) == 359 and set(data.kept_labels.tolist()) == set(range(10))
+    assert (
+        data.learn.shape == (1438, 1, 8, 8)
+        and len(data.kept) == 359
+        and set(data.kept_labels.tolist()) == set(range(10))
+    )
 
 
 def test_a_data_set_that_datasets_reads(tmp_path, monkeypatch):

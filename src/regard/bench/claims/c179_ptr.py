@@ -25,8 +25,8 @@ _MASKED, _PLAIN, _BASE = "thoughts masked", "thoughts learned", "answers alone, 
 def measure(scale: Scale) -> Outcome:
     base, steps, dim, seeds = scale.pick((11, 700, 64, 2), (5, 3, 16, 1))
     out = Outcome(
-        f"sums of two numbers modulo {base}, with none to two thoughts each, of which the first is one too high 4 times in 5 and the second "
-        f"every other time; two layers of width {dim} trained from nothing for {steps} steps",
+        f"sums of two numbers modulo {base}, with none to two thoughts each, of which the first is one too high 4 times in 5 and the "
+        f"second every other time; two layers of width {dim} trained from nothing for {steps} steps",
         "seed",
     )
     found: dict[str, list[list[float]]] = {_PLAIN: [], _MASKED: [], _BASE: []}
