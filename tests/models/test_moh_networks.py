@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from regard.models import MoHDiT, MoHTransNeXt, moh_dit, moh_transnext
+from regard.models.dit_parts import sincos_2d
 from regard.models.moh_dit import PRESETS as DIT_PRESETS
-from regard.models.moh_dit import sincos_2d
 from regard.models.moh_transnext import PRESETS as VIT_PRESETS
 from regard.nn.spatial import mixture_of_heads_2d
 from regard.ops import head_balance_loss

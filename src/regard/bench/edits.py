@@ -46,7 +46,7 @@ class Row:
         return {**asdict(self), "holds": self.holds}
 
 
-def contenders(model: Any, tokens: int) -> dict[str, tuple[str, Method | None, int]]:
+def contenders(model: Any) -> dict[str, tuple[str, Method | None, int]]:
     """What is compared: name -> (stage, method, heads whose weights it makes)."""
     config = model.config.get_text_config()
     layers, heads = config.num_hidden_layers, config.num_attention_heads
@@ -54,8 +54,6 @@ def contenders(model: Any, tokens: int) -> dict[str, tuple[str, Method | None, i
     some = [(layer, layer % heads) for layer in range(0, layers, 3)]
     few = [(layers // 3, 0), (layers // 3, 1)]
     affine = HeadAffine(some, dim)
-    span = torch.zeros(1, tokens, dtype=torch.bool)
-    span[:, tokens // 3 : tokens // 2] = True
     return {
         PLAIN: ("", None, 0),
         "ZeroTuning, first key, every head": ("scores", ZeroTuning(2.0), 0),
@@ -77,7 +75,7 @@ def measure(
     ids = torch.tensor(token_windows(tokenizer, tokens, 1), device=next(model.parameters()).device)
     span = torch.zeros(1, tokens, dtype=torch.bool)
     span[:, tokens // 3 : tokens // 2] = True
-    listed = contenders(model, tokens)
+    listed = contenders(model)
 
     def runner(method: Method | None) -> Callable[[], Any]:
         def run() -> Any:

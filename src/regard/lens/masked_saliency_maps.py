@@ -42,6 +42,12 @@ def grid_segments(shape: Sequence[int], count: int) -> Tensor:
     return row[:, None] * columns + column
 
 
+def grids_for(x: Tensor, granularity: Sequence[int] = (2000, 2500, 3000)) -> list[Tensor]:
+    """A grid (T, F) for each granularity, which is segments for 500 frames: fewer or more for other lengths, at most as for 750."""
+    share = min(len(x), 750) / 500
+    return [grid_segments(x.shape, max(2, round(count * share))) for count in granularity]
+
+
 def slic_segments(x: Tensor, count: int, compactness: float = 0.1, sigma: float = 1.0) -> Tensor:
     """(T, F) superpixels of x, scaled to [0, 1], by scikit-image's SLIC with the authors' settings.
 
@@ -128,8 +134,7 @@ def masked_saliency(
     require_int("at_once", at_once, 1)
     require_name("score", score, SCORES)
     if segments is None:
-        share = min(len(x), 750) / 500
-        segments = [grid_segments(x.shape, max(2, round(count * share))) for count in (2000, 2500, 3000)]
+        segments = grids_for(x)
     require(len(segments) > 0, "segments", segments, "at least one map")
     for one in segments:
         require(one.shape == x.shape, "segments", f"shape {tuple(one.shape)}", f"{tuple(x.shape)}, as x")

@@ -18,7 +18,7 @@ from torch import Tensor
 from .._checks import bad_value, require, require_int, require_name, require_tensor
 from .agreement import correlation
 from .head_scores import HeadScores
-from .masked_saliency_maps import deviation_normalized, grid_segments, masked_saliency
+from .masked_saliency_maps import deviation_normalized, grids_for, masked_saliency
 from .record import record
 
 __all__ = ["SpeechExplanation", "explain_speech", "pooled_saliency"]
@@ -139,8 +139,7 @@ def explain_speech(
         heat = None
         if features:
             grid = x[0].mT.contiguous()
-            share = min(len(grid), 750) / 500
-            maps = [grid_segments(grid.shape, max(2, round(count * share))) for count in granularity]
+            maps = grids_for(grid, granularity)
             heat = masked_saliency(of_features, grid, maps, masks, p=p, at_once=at_once, seed=seed, on_batch=on_batch)
     finally:
         model.train(training)

@@ -125,7 +125,7 @@ class AgentSwin(SwinShell):
         stages = len(depths)
         for name, value in (("num_heads", num_heads), ("agent_num", agent_num)):
             require(len(value) == stages, name, tuple(value), f"{stages} entries, one a stage as in depths")
-        agents = first_blocks("A" * stages if attn_type is None else attn_type, depths, "A")
+        agents = first_blocks(attn_type, depths, "ABM")
 
         def block(i: int, j: int, width: int, grid: Grid, rate: float) -> nn.Module:
             side = window if j < agents[i] else max(7, window // 8)
@@ -284,7 +284,7 @@ class AgentCSWin(nn.Module):
         named = {"num_heads": num_heads, "agent_num": agent_num, "split_sizes": split_sizes}
         for name, value in {**named, "agent_split_sizes": agent_split_sizes}.items():
             require(len(value) == stages, name, tuple(value), f"{stages} entries, one a stage as in depths")
-        agents = first_blocks("A" * stages if attn_type is None else attn_type, depths, "A")
+        agents = first_blocks(attn_type, depths, "ABM")
         self.image_size, self.in_channels = grid_pair("image_size", image_size), in_channels
         multiple = 2 ** (stages + 1)
         fits = all(side % multiple == 0 for side in self.image_size)

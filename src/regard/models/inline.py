@@ -96,7 +96,7 @@ class InLineSwin(SwinShell):
     ) -> None:
         stages = len(depths)
         require(len(num_heads) == stages, "num_heads", tuple(num_heads), f"{stages} entries, one a stage as in depths")
-        linear = first_blocks("I" * stages if attn_type is None else attn_type, depths, "I")
+        linear = first_blocks(attn_type, depths, "ISM")
 
         def block(i: int, j: int, width: int, grid: Grid, rate: float) -> nn.Module:
             side = window if j < linear[i] else max(7, window // 8)

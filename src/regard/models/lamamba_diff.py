@@ -7,7 +7,6 @@ by concatenation, which scrambles the layout there, is not offered.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from .._checks import require, require_fraction, require_int, require_tensor
 from ..nn.spatial.grids import Grid, grid_pair
 from ..nn.spatial.lamamba_block import LaMambaBlock, modulate
+from .dit_parts import init_xavier, sincos_2d, time_waves
 
 __all__ = ["LaMambaDiff", "lamamba_diff_xl"]
 
@@ -87,7 +87,7 @@ class LaMambaDiff(nn.Module):
         self.patch_embed = nn.ModuleDict(
             {"proj": nn.Conv2d(in_channels, dim, patch_size, patch_size), "norm": nn.LayerNorm(dim)}
         )
-        self.pos_embed = nn.Parameter(_positions(self.grid, dim))
+        self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid).unflatten(0, self.grid)[None])
         self.t_embedder = nn.ModuleDict(
             {"mlp": nn.Sequential(nn.Linear(256, condition), nn.SiLU(), nn.Linear(condition, condition))}
         )
@@ -110,14 +110,7 @@ class LaMambaDiff(nn.Module):
         self._init()
 
     def _init(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        patch: nn.Conv2d = self.patch_embed["proj"]  # type: ignore[assignment]
-        nn.init.xavier_uniform_(patch.weight.data.flatten(1))
-        nn.init.zeros_(patch.bias)  # type: ignore[arg-type]
+        init_xavier(self, self.patch_embed["proj"])  # type: ignore[arg-type]
         for weight in (self.y_embedder["embedding_table"].weight, *(self.t_embedder["mlp"][i].weight for i in (0, 2))):  # type: ignore[index]
             nn.init.normal_(weight, std=0.02)  # type: ignore[arg-type]
         changed = [m.adaLN_modulation for m in self.modules() if isinstance(m, LaMambaBlock)]
@@ -129,7 +122,7 @@ class LaMambaDiff(nn.Module):
         """(B, 4 * dim) from times (B,) and classes (B,); classes None: "no class"."""
         require_tensor("times", times, dims=1)
         mlp, table = self.t_embedder["mlp"], self.y_embedder["embedding_table"]
-        made = mlp(_times(times).to(self.pos_embed.dtype))
+        made = mlp(time_waves(times).to(self.pos_embed.dtype))
         if classes is None:
             require(self.class_dropout > 0, "classes", None, 'classes: this network knows no "no class"')
             classes = torch.full_like(times, self.num_classes, dtype=torch.int64)
@@ -211,21 +204,3 @@ class _Expand(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(rearrange(self.expand(x), "b h w (p q c) -> b (h p) (w q) c", p=self.side, q=self.side))
-
-
-def _times(times: Tensor, dim: int = 256) -> Tensor:
-    """Cosines, then sines, of times (B,) at dim / 2 falling rates."""
-    angle = times.float()[:, None] * torch.exp(
-        -math.log(10000) * torch.arange(dim // 2, device=times.device) / (dim // 2)
-    )
-    return torch.cat((angle.cos(), angle.sin()), dim=1)
-
-
-def _positions(grid: Grid, dim: int) -> Tensor:
-    """Sines and cosines of column, then row: (1, height, width, dim)."""
-    require(dim % 4 == 0, "dim", dim, "a multiple of 4, for positions")
-    rate = 10000.0 ** -(torch.arange(dim // 4).double() / (dim // 4))
-    rows, columns = (torch.arange(side).double()[:, None] * rate for side in grid)
-    parts = [torch.cat((angle.sin(), angle.cos()), dim=1) for angle in (rows, columns)]
-    down, right = parts[0][:, None].expand(-1, grid[1], -1), parts[1][None].expand(grid[0], -1, -1)
-    return torch.cat((right, down), dim=-1).float()[None]

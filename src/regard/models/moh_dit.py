@@ -7,7 +7,6 @@ balance losses are returned; images may be oblong; `skip_inactive` leaves out th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import require, require_int, require_name, require_tensor
-from ..nn.channel.gate import require_feature_map
 from ..nn.layers import rename_keys
 from ..nn.sequence.mixture_of_heads import MixtureOfHeadAttention
 from ..nn.sequence.pre_norm import require_rate
 from ..nn.spatial.grids import Grid, grid_pair
 from ..ops.head_routing import HeadRouting
+from .dit_parts import init_xavier, sincos_2d, time_waves
+from .vit_shells import require_image
 
-__all__ = ["MoHDiT", "moh_dit", "sincos_2d"]
+__all__ = ["MoHDiT", "moh_dit"]
 
 
 def _preset(
@@ -47,17 +47,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def sincos_2d(dim: int, grid: Grid) -> Tensor:
-    """Fixed position embeddings (height * width, dim) float32, rows first: a half of the channels tells the column, the other the row,
-    each as dim / 4 sines, then as many cosines, of rates falling from 1 to 1 / 10000."""
-    require_int("dim", dim, 4)
-    require(dim % 4 == 0, "dim", dim, "a multiple of 4")
-    rates = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    angles = [place.reshape(-1, 1) * rates for place in (column, row)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1).float()
-
-
 class _TimeEmbedding(nn.Module):
     """Diffusion steps (B,) -> (B, dim): cosines and sines of 256 rates, then an MLP."""
 
@@ -67,10 +56,7 @@ class _TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, time: Tensor) -> Tensor:
-        half = self.width // 2
-        rates = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=time.device))
-        angles = time[:, None].float() * rates
-        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        waves = time_waves(time, self.width)
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
@@ -166,13 +152,7 @@ class MoHDiT(nn.Module):
         self._init()
 
     def _init(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch.weight.data.flatten(1))
-        nn.init.zeros_(self.patch.bias)  # type: ignore[arg-type]
+        init_xavier(self, self.patch)
         nn.init.normal_(self.label.weight, std=0.02)
         for index in (0, 2):
             nn.init.normal_(self.time.mlp[index].weight, std=0.02)  # type: ignore[arg-type]
@@ -206,9 +186,7 @@ class MoHDiT(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor, return_aux: bool = False) -> Any:
         """return_aux: also the list of `HeadRouting`, one a block, for `regard.ops.head_balance_loss`."""
-        require_feature_map(x, self.in_channels)
-        need = f"(B, {self.in_channels}, {self.image_size[0]}, {self.image_size[1]})"
-        require(tuple(x.shape[2:]) == self.image_size, "x", f"shape {tuple(x.shape)}", need)
+        require_image(x, self.in_channels, self.image_size)
         for name, value in (("time", time), ("labels", labels)):
             require_tensor(name, value, dims=1)
             require(len(value) == len(x), name, f"{len(value)} entries", f"{len(x)}, one a sample")

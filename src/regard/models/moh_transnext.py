@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import require, require_int, require_name
-from ..nn.channel.gate import require_feature_map
 from ..nn.layers import drop_samples, rename_keys
-from ..nn.sequence.pre_norm import require_rate
 from ..nn.spatial.block_parts import tokens_to_map
 from ..nn.spatial.grids import Grid, grid_pair
 from ..nn.spatial.mixture_of_heads_2d import MixtureOfHeadAggregatedAttention, MixtureOfHeadCosineAttention
 from ..ops.head_routing import HeadRouting
+from .vit_shells import drop_rates, require_image
 
 __all__ = ["MoHTransNeXt", "moh_transnext"]
 
@@ -124,8 +123,7 @@ class MoHTransNeXt(nn.Module):
         multiple = 2 ** (count + 1)
         fits = all(side % multiple == 0 for side in self.image_size)
         require(fits, "image_size", self.image_size, f"sides that are multiples of {multiple} with {count} stages")
-        last = max(1, sum(depths) - 1)
-        rates = [require_rate("drop_path", drop_path) * block / last for block in range(sum(depths))]
+        rates = drop_rates(drop_path, sum(depths))
         self.patch_embeds, self.stages, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.grids: list[Grid] = []
         for i, end in enumerate(accumulate(depths)):
@@ -175,9 +173,7 @@ class MoHTransNeXt(nn.Module):
 
     def feature_maps(self, x: Tensor) -> tuple[list[Tensor], list[HeadRouting]]:
         """The normalised map (B, dims[i], H', W') of each stage, and the routing of each block."""
-        require_feature_map(x, self.in_channels)
-        need = f"(B, {self.in_channels}, {self.image_size[0]}, {self.image_size[1]})"
-        require(tuple(x.shape[2:]) == self.image_size, "x", f"shape {tuple(x.shape)}", need)
+        require_image(x, self.in_channels, self.image_size)
         maps: list[Tensor] = []
         routings: list[HeadRouting] = []
         for embed, stage, norm, grid in zip(self.patch_embeds, self.stages, self.norms, self.grids):

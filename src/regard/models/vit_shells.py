@@ -127,17 +127,18 @@ class _Merge(nn.Module):
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)))
 
 
-def first_blocks(attn_type: str, depths: Sequence[int], all_of: str) -> list[int]:
-    """How many blocks of each stage, from the first, are of the new kind: `attn_type` has a letter a stage, `all_of` for all of them,
-    "M" for the number behind the letters ("IIMS2"), any other for none; the letters are those of the caller's networks."""
-    letters = {"I": "ISM", "A": "ABM"}[all_of]
+def first_blocks(attn_type: str | None, depths: Sequence[int], letters: str) -> list[int]:
+    """How many blocks of each stage, from the first, are of the new kind: `attn_type` has a letter a stage, the first of `letters` ("ISM")
+    for all of them, the second for none, "M" for the number behind the letters ("IIMS2"); None: all in every stage."""
+    if attn_type is None:
+        return list(depths)
     stages = len(depths)
     found = re.fullmatch(rf"([{letters}]+)(\d*)", attn_type) if isinstance(attn_type, str) else None
     if found is None or len(found[1]) != stages or ("M" in found[1]) != bool(found[2]):
         need = f"{stages} letters of {', '.join(letters)}, and a number after them if there is an M"
         raise bad_value("attn_type", attn_type, need)
     return [
-        depth if kind == all_of else min(depth, int(found[2])) if kind == "M" else 0
+        depth if kind == letters[0] else min(depth, int(found[2])) if kind == "M" else 0
         for kind, depth in zip(found[1], depths)
     ]
 

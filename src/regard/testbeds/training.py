@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from .._checks import bad_type, bad_value, require, require_int, require_name
 from .._files import require_writable, write_whole
+from ..losses.masked_lm import weighted_lm_loss
 from ..losses.runner import Fitted, Schedule, TrainingStopped, fit
 from .tasks import IGNORE
 
-__all__ = ["Fitted", "TrainingStopped", "token_loss", "train", "vector_loss"]
+__all__ = ["Fitted", "TrainingStopped", "masked_token_loss", "token_loss", "train", "vector_loss"]
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -40,6 +41,11 @@ def token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     made = model(ids, return_aux=True)
     logits, aux = made if isinstance(made, tuple) else (made, 0.0)
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE) + 0.01 * aux
+
+
+def masked_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """`weighted_lm_loss` of logits `model(ids)` (B, N, V) on a batch of `regard.losses.MaskedCollator`."""
+    return weighted_lm_loss(model(batch["input_ids"]), batch["labels"], batch["weights"])
 
 
 def vector_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

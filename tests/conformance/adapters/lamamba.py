@@ -3,7 +3,7 @@
 import torch
 
 import regard
-from regard.models.lamamba_diff import _positions, _times
+from regard.models.dit_parts import sincos_2d, time_waves
 
 
 def gradients(case):
@@ -33,7 +33,7 @@ def network(case):
 def tables(case):
     side = int(case.inputs["n"])
     return {
-        "positions": _positions((side, side), 8),
+        "positions": sincos_2d(8, (side, side)).unflatten(0, (side, side))[None],
         "paths": regard.nn.scan_paths(side),
-        "times": _times(torch.tensor([0.0, 3.0, 999.0])),
+        "times": time_waves(torch.tensor([0.0, 3.0, 999.0])),
     }

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...losses.anchors import AnchorIndex, anchor_prompt, anchored_answers
-from ...losses.masked_lm import MaskedCollator, weighted_lm_loss
+from ...losses.masked_lm import MaskedCollator
 from ...models.small_lm import SmallLM
-from ...testbeds.training import train
+from ...testbeds.training import masked_token_loss, train
 from ..text import token_windows
 from .claim import Outcome, Scale
 from .timing import times
@@ -81,7 +81,7 @@ def _learned(facts: list[tuple[str, str, str]], anchored: bool, steps: int, asks
         chosen = random.Random(number).choices(samples, k=64)
         return collate(chosen)
 
-    train(model, batch, steps=steps, loss=_loss, lr=3e-3, progress=False)  # type: ignore[arg-type]
+    train(model, batch, steps=steps, loss=masked_token_loss, lr=3e-3, progress=False)
     model.eval()
     paths = list(dict.fromkeys(path for path, _, _ in facts))
     index = AnchorIndex(_numbers(len(paths)), {path: path for path in paths})
@@ -93,10 +93,6 @@ def _learned(facts: list[tuple[str, str, str]], anchored: bool, steps: int, asks
             made = int(model(ids)[0, -1].argmax())
             right[place % asks].append(float(made == words.known[answer]))
     return [sum(row) / len(row) for row in right]
-
-
-def _loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return weighted_lm_loss(model(batch["input_ids"]), batch["labels"], batch["weights"])
 
 
 def _numbers(count: int) -> Callable[[list[str]], Tensor]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...models.lamamba_diff import LaMambaDiff, _times
+from ...models.dit_parts import time_waves
+from ...models.lamamba_diff import LaMambaDiff
 from ...nn.spatial.lamamba_block import LaMambaBlock
 from ...nn.spatial.selective_scan_2d import SelectiveScan2D
 from ...testbeds.images import digits
@@ -52,7 +53,7 @@ class _Denoiser(nn.Module):
         )
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
-        h, c = self.first(x[..., None]) + self.place, self.time(_times(times * 1000, 64))
+        h, c = self.first(x[..., None]) + self.place, self.time(time_waves(times * 1000, 64))
         for block in self.blocks:
             h = block(h, c)
         return self.last(self.norm(h))[..., 0]

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...losses.masked_lm import MaskedCollator, weighted_lm_loss
+from ...losses.masked_lm import MaskedCollator
 from ...models.small_lm import SmallLM
-from ...testbeds.training import train
+from ...testbeds.training import masked_token_loss, train
 from .claim import Outcome, Scale
 
 PAPER, SLUG = "179", "ptr"
@@ -72,14 +72,10 @@ def _records(base: int, label: str, seed: int) -> Callable[[int], dict[str, Tens
     return make
 
 
-def _loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return weighted_lm_loss(model(batch["input_ids"]), batch["labels"], batch["weights"])
-
-
 def _train(label: str, base: int, steps: int, dim: int, seed: int, tests: int) -> list[float]:
     torch.manual_seed(seed)
     model = SmallLM(base + 2, dim, 2, 4, "softmax", mlp_ratio=4)
-    train(model, _records(base, label, seed), steps=steps, loss=_loss, lr=3e-3, progress=False, seed=seed)  # type: ignore[arg-type]
+    train(model, _records(base, label, seed), steps=steps, loss=masked_token_loss, lr=3e-3, progress=False, seed=seed)  # type: ignore[arg-type]
     model.eval()
     terms = torch.randint(base, (tests, 2), generator=torch.Generator().manual_seed(2**40 + seed))
     right, ids = terms.sum(1) % base, torch.cat([terms, torch.full((tests, 1), base)], 1)
